@@ -1,0 +1,120 @@
+"""The activation stream: batch i is a pure function of (config, i).
+
+1. Blocks: ROWS_PER_BLOCK rows of the token file go through the language model at once, for a set of sites.
+2. Epochs: each reads all blocks, in a permutation of its own.
+3. Windows: BLOCKS_PER_WINDOW consecutive blocks of an epoch are shuffled token by token, the same at every site.
+4. Batches: the windows, end to end, cut into `batch_size` tokens. Nothing is dropped; a batch may span windows.
+
+So resuming needs no buffer, cells of a gang see what they would see alone, and a cache is only a faster way to
+the same numbers.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sweep.config import Site, StreamConfig
+from sweep.language_model import Activations
+from sweep.tokens import ROWS_PER_BLOCK
+
+__all__ = ["ActivationStream", "Batch", "Blocks", "permutation"]
+
+BLOCKS_PER_WINDOW = 8
+"""A constant of the stream's schema: 1,024 sequences of 128 tokens mix well and 16k tokens fit any memory."""
+
+Batch = dict[Site, Activations]
+
+
+class Blocks(Protocol):
+    """Where activations come from: the language model, or a cache in front of it."""
+
+    def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
+        """Block `block` of a split at each site; rows in order, BOS dropped."""
+        ...
+
+    def count(self, split: str) -> int:
+        """Blocks of a split."""
+        ...
+
+
+class ActivationStream:
+    """The batches of one stream at a set of sites."""
+
+    def __init__(self, config: StreamConfig, blocks: Blocks, sites: Collection[Site]) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.sites = tuple(sites)
+        self.n_blocks = blocks.count("train")
+        self.block_tokens = ROWS_PER_BLOCK * (config.data.seq_len - 1)
+        self.window_tokens = BLOCKS_PER_WINDOW * self.block_tokens
+        self.epoch_tokens = self.n_blocks * self.block_tokens
+        self.windows_per_epoch = -(-self.n_blocks // BLOCKS_PER_WINDOW)
+        self._held: tuple[int, Batch] | None = None
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """Batches `start` to `stop - 1` with their numbers."""
+        return ((i, self.batch(i)) for i in range(start, stop))
+
+    def batch(self, i: int) -> Batch:
+        """Batch `i` at every site; does not depend on what was read before."""
+        begin, end = i * self.config.batch_size, (i + 1) * self.config.batch_size
+        pieces = []
+        while begin < end:
+            window, offset = self._locate(begin)
+            order = self._order(window)
+            take = torch.from_numpy(order[offset : offset + end - begin])
+            held = self.window(window)
+            pieces.append({site: select_tokens(held[site], take) for site in self.sites})
+            begin += len(take)
+        return {site: concatenate([piece[site] for piece in pieces]) for site in self.sites}
+
+    def window(self, window: int) -> Batch:
+        """Window number `window`, counted over all epochs, in block order. The last one read is kept."""
+        if self._held is None or self._held[0] != window:
+            self._held = None  # frees the old window before the new one is built
+            blocks = [self.blocks.read("train", block, self.sites) for block in self._blocks_of(window)]
+            self._held = window, {site: concatenate([block[site] for block in blocks]) for site in self.sites}
+        return self._held[1]
+
+    def split(self, split: str) -> Iterator[Batch]:
+        """The blocks of the calibration or held-out split, in order."""
+        return (self.blocks.read(split, block, self.sites) for block in range(self.blocks.count(split)))
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The window that holds a position of the endless token sequence, and the offset in it."""
+        epoch, inside = divmod(position, self.epoch_tokens)
+        window, offset = divmod(inside, self.window_tokens)
+        return epoch * self.windows_per_epoch + window, offset
+
+    def _blocks_of(self, window: int) -> list[int]:
+        epoch, index = divmod(window, self.windows_per_epoch)
+        order = permutation(self.n_blocks, self.config.data.data_seed, epoch, 0)
+        return [int(block) for block in order[index * BLOCKS_PER_WINDOW : (index + 1) * BLOCKS_PER_WINDOW]]
+
+    def _order(self, window: int) -> NDArray[np.int64]:
+        epoch, index = divmod(window, self.windows_per_epoch)
+        n_tokens = len(self._blocks_of(window)) * self.block_tokens
+        return permutation(n_tokens, self.config.data.data_seed, epoch, index + 1)
+
+
+def permutation(n: int, seed: int, epoch: int, part: int) -> NDArray[np.int64]:
+    """A permutation of range(n) from a counter-based generator: part 0 orders blocks, part w + 1 window w.
+
+    Sorting raw Philox output (whose stream numpy guarantees) keeps the order the same in every release.
+    """
+    keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, part]).random_raw(n)
+    return np.argsort(keys, kind="stable")
+
+
+def select_tokens(activations: Activations, index: torch.Tensor) -> Activations:
+    index = index.to(activations.source.device)
+    return Activations(activations.source[index], activations.target[index])
+
+
+def concatenate(parts: list[Activations]) -> Activations:
+    if len(parts) == 1:
+        return parts[0]
+    return Activations(torch.cat([part.source for part in parts]), torch.cat([part.target for part in parts]))

@@ -1,0 +1,129 @@
+"""Blocks of activations: from the language model, or from a cache of what it said before.
+
+The cache holds one safetensors file per site, split and block, under a key of everything the numbers depend on.
+It changes how fast a block comes, never its bytes, and two processes may fill it at once.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from sweep.activations import Batch, Blocks
+from sweep.config import Data, Model, Site
+from sweep.language_model import Activations, LanguageModel
+from sweep.paths import CacheFolder, write_atomic
+from sweep.progress import Report
+from sweep.tokens import ROWS_PER_BLOCK, TokenFile
+
+__all__ = ["CachedBlocks", "HarvestedBlocks", "cache_bytes", "cache_fits"]
+
+BLOCKS_VERSION = 1
+SPLITS = ("train", "calibration", "heldout")
+
+log = logging.getLogger(__name__)
+
+
+class HarvestedBlocks:
+    """Blocks from the language model, which is loaded when the first one is asked for."""
+
+    def __init__(self, tokens: TokenFile, load: Callable[[], LanguageModel], report: Report) -> None:
+        self.tokens = tokens
+        self.n_harvested = 0
+        self._load = load
+        self._report = report
+        self._language_model: LanguageModel | None = None
+
+    @property
+    def n_tokens_seen(self) -> int:
+        """Tokens that went through the language model so far."""
+        return 0 if self._language_model is None else self._language_model.n_tokens_seen
+
+    def count(self, split: str) -> int:
+        return -(-len(self._rows(split)) // ROWS_PER_BLOCK)
+
+    def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
+        if self._language_model is None:
+            self._language_model = self._load()
+        rows = self._rows(split)[block * ROWS_PER_BLOCK : (block + 1) * ROWS_PER_BLOCK]
+        batch = self._language_model.harvest(torch.from_numpy(rows.astype("int64")), sites)
+        self.n_harvested += rows.size
+        self._report("language model", self.n_harvested, 0, "tokens")
+        return batch
+
+    def _rows(self, split: str) -> NDArray:  # type: ignore[type-arg]
+        return getattr(self.tokens, split)  # type: ignore[no-any-return]
+
+
+class CachedBlocks:
+    """Blocks kept on disk after their first harvest."""
+
+    def __init__(self, blocks: Blocks, folder: Path, device: str) -> None:
+        self._blocks = blocks
+        self._folder = folder
+        self._device = device
+
+    @staticmethod
+    def key(model: Model, data: Data, model_hash: str, tokens_hash: str, device: str) -> str:
+        """Identity of a stream's activations on this kind of device with this version of torch."""
+        parts = {
+            "blocks_version": BLOCKS_VERSION,
+            "model_dtype": model.model_dtype,
+            "model_hash": model_hash,
+            "tokens_hash": tokens_hash,
+            "activation_dtype": data.activation_dtype,
+            "torch": torch.__version__,
+            "device": torch.device(device).type,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def count(self, split: str) -> int:
+        return self._blocks.count(split)
+
+    def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
+        found = {site: self._load(self._path(split, block, site)) for site in sites}
+        missing = [site for site, activations in found.items() if activations is None]
+        if missing:
+            harvested = self._blocks.read(split, block, missing)
+            for site in missing:
+                self._save(self._path(split, block, site), harvested[site])
+            found |= harvested
+        return {site: activations for site, activations in found.items() if activations is not None}
+
+    def _path(self, split: str, block: int, site: Site) -> Path:
+        name = hashlib.sha256(json.dumps(asdict(site), sort_keys=True).encode()).hexdigest()[:10]
+        return self._folder / f"layer_{site.layer}_{name}" / f"{split}_{block:06d}.safetensors"
+
+    def _load(self, path: Path) -> Activations | None:
+        if not path.exists():
+            return None
+        try:
+            tensors = load_file(path, device=self._device)
+            return Activations(tensors["source"], tensors["target"])
+        except (OSError, KeyError, SafetensorError) as error:
+            log.warning("cached activations %s are damaged (%s); harvesting them again", path, error)
+            return None
+
+    def _save(self, path: Path, activations: Activations) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({"source": activations.source.cpu(), "target": activations.target.cpu()}))
+
+
+def cache_bytes(model: Model, data: Data, n_rows: int, n_sites: int) -> int:
+    """Size of a stream's activations on disk."""
+    itemsize = {"float32": 4, "bfloat16": 2}[data.activation_dtype]
+    return n_rows * (data.seq_len - 1) * (model.d_in + model.d_out) * itemsize * n_sites
+
+
+def cache_fits(cache: CacheFolder, n_bytes: int, cache_gib: float) -> bool:
+    """Whether a cache of this size is within `cache_gib` and leaves a tenth of the free disk."""
+    cache.root.mkdir(parents=True, exist_ok=True)
+    return n_bytes <= min(cache_gib * 2**30, 0.9 * shutil.disk_usage(cache.root).free)

@@ -1,0 +1,126 @@
+"""Checkpoints: a TrainState as a folder that is whole or not there.
+
+    step_00005000/  state.safetensors   every tensor
+                    state.json          scalars, the curve, and what the state belongs to
+                    manifest.json       sha256 and size of both; without a fitting one the folder does not count
+
+No pickle is written or read.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sweep.config import Cell
+from sweep.errors import CheckpointError
+from sweep.paths import CellFolder, atomic_directory, write_json
+from sweep.revisions import read_json, sha256_of_file
+from sweep.state import TrainState
+
+__all__ = ["load_latest", "save"]
+
+KEPT = 2
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 64 << 20
+FILES = ("state.safetensors", "state.json")
+
+log = logging.getLogger(__name__)
+
+
+def save(state: TrainState, folder: CellFolder, cell: Cell, tokens_hash: str) -> None:
+    """Write the state's checkpoint and remove all but the last two.
+
+    Side effects: `checkpoints/step_<n>` appears by one rename; older ones go after it is there.
+    """
+    path = folder.checkpoint(state.step)
+    with atomic_directory(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, partial / FILES[0])
+        belongs_to = {"format_version": FORMAT_VERSION, "cell_id": cell.cell_id, "tokens_hash": tokens_hash}
+        write_json(partial / FILES[1], {**belongs_to, "scalars": state.scalars()})
+        sizes = {name: (partial / name).stat().st_size for name in FILES}
+        hashes = {name: sha256_of_file(partial / name) for name in FILES}
+        write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes})
+    for step in folder.checkpoint_steps()[:-KEPT]:
+        shutil.rmtree(folder.checkpoint(step))
+
+
+def load_latest(folder: CellFolder, cell: Cell, tokens_hash: str, device: str) -> TrainState | None:
+    """The newest whole checkpoint of this cell, or None when there is none at all.
+
+    A damaged one is named in the log and the one before it is used.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is whole, or the newest whole one belongs to another cell
+            or another text.
+    """
+    steps = folder.checkpoint_steps()
+    damaged = []
+    for step in reversed(steps):
+        path = folder.checkpoint(step)
+        try:
+            return _load(path, cell, tokens_hash, device)
+        except _DamagedError as error:
+            damaged.append(f"{path}: {error}")
+            log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of cell {cell.cell_id} is whole; to start the cell again delete {folder.checkpoints}\n"
+            + "\n".join(damaged)
+        )
+    return None
+
+
+class _DamagedError(Exception):
+    """This one checkpoint cannot be used; an older one may be."""
+
+
+def _load(path: Path, cell: Cell, tokens_hash: str, device: str) -> TrainState:
+    _verify(path)
+    try:
+        about = read_json(path / FILES[1], MAX_JSON_BYTES)
+        tensors = load_file(path / FILES[0], device=device)
+        belongs_to = about["format_version"], about["cell_id"], about["tokens_hash"]
+        state = TrainState.restore(tensors, about["scalars"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise _DamagedError(f"not a checkpoint ({error})") from error
+    expected = FORMAT_VERSION, cell.cell_id, tokens_hash
+    for name, found, wanted in zip(("format_version", "cell_id", "tokens_hash"), belongs_to, expected, strict=True):
+        if found != wanted:
+            raise CheckpointError(
+                f"{path} belongs to another run: its {name} is {found}, this one's is {wanted}; "
+                f"delete {path.parent} to start the cell again, or choose another results_dir"
+            )
+    _check_shapes(path, state, cell)
+    return state
+
+
+def _verify(path: Path) -> None:
+    """Sizes first, hashes second: nothing is parsed before it is known to be what was written."""
+    try:
+        manifest: dict[str, Any] = read_json(path / "manifest.json", MAX_JSON_BYTES)
+        for name in FILES:
+            if (path / name).stat().st_size != manifest["sizes"][name]:
+                raise _DamagedError(f"{name} has not the size its manifest tells")
+            if sha256_of_file(path / name) != manifest["sha256"][name]:
+                raise _DamagedError(f"{name} has not the sha256 its manifest tells")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"unreadable ({error})") from error
+
+
+def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
+    width, model = cell.capacity.dict_size, cell.model
+    shapes = {
+        "W_enc": (model.d_in, width),
+        "b_enc": (width,),
+        "W_dec": (width, model.d_out),
+        "b_dec": (model.d_out,),
+    }
+    for params in (state.params, state.first_moments, state.second_moments):
+        for name, tensor in params.items():
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
+                raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]}")

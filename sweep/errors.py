@@ -1,0 +1,52 @@
+"""The exception tree: everything a user can cause, one line each.
+
+SweepError
+├── ConfigError          a key, its value and the fix; may hold the problems of many cells
+├── ResultsError         a results folder or a file in it is not ours, or not whole
+│   └── CheckpointError  a checkpoint is damaged or belongs to another cell
+├── DataError            text that is empty, too short or changed under our feet
+├── ModelError           a language model that cannot be loaded, or lacks the hook or layer
+└── Diverged             the training loss of a cell stopped being a number
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Diverged",
+    "ModelError",
+    "ResultsError",
+    "SweepError",
+]
+
+
+class SweepError(Exception):
+    """Root: its message is written for the user and is shown without a traceback."""
+
+
+class ConfigError(SweepError):
+    """One or more problems in the options of a cell, each naming key, value and fix."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ResultsError(SweepError):
+    """A results folder or one of its files is not ours, or not whole."""
+
+
+class CheckpointError(ResultsError):
+    """A checkpoint is damaged or belongs to another cell."""
+
+
+class DataError(SweepError):
+    """The text is empty, too short for the budget, or not the one a run began with."""
+
+
+class ModelError(SweepError):
+    """The language model cannot be loaded, or has no such layer or hook."""
+
+
+class Diverged(SweepError):
+    """The training loss of a cell is no longer finite."""

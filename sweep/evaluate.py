@@ -1,0 +1,171 @@
+"""Held-out evaluation: one pass over the blocks scores every transcoder of a gang.
+
+    block -> targets of each site -> TargetMoments                             once per site
+          -> sources, in chunks -> encode -> LatentActivity -> decode          once per transcoder
+          -> targets and predictions -> Reconstruction
+
+Nothing is changed by being looked at, and what one transcoder scores does not depend on which others are there.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sweep.config import Site
+from sweep.errors import DataError
+from sweep.metrics import (
+    DecoderSimilarity,
+    Deviations,
+    LatentActivity,
+    Metrics,
+    Reconstruction,
+    TargetMoments,
+    decoder_similarity,
+    pieces,
+    reconstruction_metrics,
+)
+from sweep.progress import Report, silent
+
+__all__ = ["Evaluation", "Predictor", "evaluate"]
+
+
+class Predictor(Protocol):
+    """What evaluation needs of a transcoder; a trivial predictor will do."""
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in dict_size"]: ...
+
+    @property
+    def W_dec(self) -> Float[Tensor, "dict_size d_out"]: ...
+
+    def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]: ...
+
+    def decode(self, latents: Float[Tensor, "n dict_size"]) -> Float[Tensor, "n d_out"]: ...
+
+
+class SiteActivations(Protocol):
+    """Source and target of the tokens of a block, sequence after sequence."""
+
+    @property
+    def source(self) -> Float[Tensor, "n d_in"]: ...
+
+    @property
+    def target(self) -> Float[Tensor, "n d_out"]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of one transcoder after a pass over the held-out tokens; names as in sweep/results.py.
+
+    `metrics` has every name of METRICS but dead_fraction_training; `latents` and `sequences` are rows of those
+    tables without cell_id and, for latents, without group and batches_since_fired, which training knows.
+    """
+
+    metrics: Metrics
+    latents: list[dict[str, Any]]
+    sequences: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def evaluate(
+    predictors: Mapping[str, tuple[Site, Predictor]],
+    heldout: Iterable[Mapping[Site, SiteActivations]],
+    seq_tokens: int,
+    report: Report = silent,
+    n_tokens: int = 0,
+) -> dict[str, Evaluation]:
+    """Score every predictor on the held-out blocks, in one pass.
+
+    `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_tokens` is how many will
+    come, for the report.
+
+    Raises:
+        DataError: there is no block.
+    """
+    moments = {site: TargetMoments(seq_tokens) for site, _ in predictors.values()}
+    scores = {name: Score(site, predictor) for name, (site, predictor) in predictors.items()}
+    n_done = 0
+    for block in heldout:
+        for site, moment in moments.items():
+            moment.update(block[site].target)
+        for score in scores.values():
+            score.update(block[score.site])
+        n_done += len(next(iter(block.values())).target)
+        report("evaluate", n_done, n_tokens, "tokens")
+    if not n_done:
+        raise DataError("the held-out split has no row; raise n_heldout_tokens= or give more text")
+    deviations = {site: moment.deviations() for site, moment in moments.items()}
+    evaluations = {}
+    for name, score in scores.items():
+        report("compare decoder rows", len(evaluations), len(scores), "transcoders")
+        evaluations[name] = score.evaluation(deviations[score.site], seq_tokens)
+    return evaluations
+
+
+class Score:
+    """The sums of one predictor."""
+
+    def __init__(self, site: Site, predictor: Predictor) -> None:
+        self.site = site
+        self.predictor = predictor
+        self.dict_size = predictor.W_enc.shape[1]
+        self.reconstruction = Reconstruction()
+        self.activity = LatentActivity(self.dict_size, predictor.W_enc.device)
+
+    def update(self, activations: SiteActivations) -> None:
+        """Add a block, a chunk of tokens at a time, so that the latents of a chunk stay small."""
+        source, target = activations.source, activations.target
+        for chunk in pieces(len(source), 4 * self.dict_size):
+            latents = self.predictor.encode(source[chunk].to(self.predictor.W_enc))
+            self.activity.update(latents)
+            self.reconstruction.update(target[chunk], self.predictor.decode(latents).to(target.device))
+
+    def evaluation(self, deviations: Deviations, seq_tokens: int) -> Evaluation:
+        similarity = decoder_similarity(self.predictor.W_dec)
+        return Evaluation(
+            metrics={
+                **reconstruction_metrics(self.reconstruction, deviations),
+                **self.activity.metrics(),
+                **similarity.metrics(),
+            },
+            latents=self._latents(similarity),
+            sequences=self._sequences(deviations, seq_tokens),
+        )
+
+    def _latents(self, similarity: DecoderSimilarity) -> list[dict[str, Any]]:
+        W_enc, W_dec = self.predictor.W_enc, self.predictor.W_dec
+        return as_rows(
+            {
+                "latent": list(range(self.dict_size)),
+                **self.activity.columns(),
+                "encoder_norm": torch.linalg.vector_norm(W_enc, dim=0, dtype=torch.float64).tolist(),
+                "decoder_norm": torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64).tolist(),
+                **similarity.columns(),
+            }
+        )
+
+    def _sequences(self, deviations: Deviations, seq_tokens: int) -> list[dict[str, Any]]:
+        n_rows = len(deviations.per_sequence)
+
+        def per_sequence(values: Tensor) -> list[float]:
+            sums: list[float] = values.view(n_rows, seq_tokens).double().sum(1).tolist()
+            return sums
+
+        return as_rows(
+            {
+                "sequence": list(range(n_rows)),
+                "n_tokens": [seq_tokens] * n_rows,
+                "sum_squared_error": per_sequence(self.reconstruction.squared_error),
+                "sum_squared_deviation": deviations.per_sequence.tolist(),
+                "sum_l0": per_sequence(self.activity.l0),
+                "sum_cosine": per_sequence(self.reconstruction.cosine),
+            }
+        )
+
+
+def as_rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

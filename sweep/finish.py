@@ -1,0 +1,58 @@
+"""After the last step: fit the inference threshold, a pure function of the final weights.
+
+Batch top-k looks at a whole batch, inference at one token. The threshold that replaces it is the pooled quantile
+of the pre-latents over the calibration split at which `top_k` latents per token are active on average.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sweep.config import Cell
+from sweep.language_model import Activations
+from sweep.state import TrainState
+from sweep.transcoder import Parameters, Transcoder, fold, pre_latents
+
+__all__ = ["finish", "fit_threshold"]
+
+CHUNK_ELEMENTS = 1 << 24
+"""Pre-latents held at once: 64 MiB in fp32."""
+
+
+@torch.no_grad()
+def finish(state: TrainState, cell: Cell, calibration: Iterable[Activations], n_tokens: int) -> Transcoder:
+    """The transcoder in raw units, with its threshold if the activation rule needs one.
+
+    `calibration` holds `n_tokens` tokens of the cell's own site.
+    """
+    threshold = None
+    if cell.capacity.activation == "batch_top_k":
+        sources = (activations.source * state.source_scale for activations in calibration)
+        threshold = fit_threshold(state.params, sources, n_tokens, cell.capacity.top_k)
+    return fold(state.params, cell.capacity, state.source_scale, state.target_scale, threshold)
+
+
+def fit_threshold(
+    params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]], n_tokens: int, top_k: int
+) -> float:
+    """The value that exactly `top_k * n_tokens` positive pre-latents exceed (fewer where values tie); at least 0.
+
+    Exact and streaming: what is below the largest `top_k * n_tokens + 1` values seen so far can never be the
+    answer, so only those are kept.
+    """
+    kept = params.W_enc.new_empty(0)
+    n_wanted = top_k * n_tokens
+    rows = max(CHUNK_ELEMENTS // params.b_enc.numel(), 1)
+    bound = 0.0
+    for source in sources:
+        for chunk in source.to(params.W_enc.dtype).split(rows):
+            pre = pre_latents(params, chunk)
+            kept = torch.cat([kept, pre[pre > bound]])
+            if len(kept) > 2 * n_wanted:
+                kept = kept.topk(n_wanted + 1, sorted=False).values
+                bound = float(kept.min())
+    if len(kept) <= n_wanted:
+        return 0.0
+    return float(kept.topk(n_wanted + 1).values[-1])

@@ -1,0 +1,225 @@
+"""A loaded language model, and what its MLPs read and write: the source and target of transcoders.
+
+1. `model_files.ensure_model_folder` gives a local folder.
+2. `load_tokenizer` and `load_language_model` load it; nothing goes to a network from here on.
+3. `LanguageModel.check` holds a site's hooks against the loaded model, before the first step.
+4. `LanguageModel.harvest` runs rows of tokens once and returns the activations of all sites.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sweep.config import Model, Site
+from sweep.errors import ModelError
+from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
+from sweep.revisions import sha256_of_file
+
+__all__ = [
+    "Activations",
+    "LanguageModel",
+    "Tokenizer",
+    "ensure_model_folder",
+    "load_language_model",
+    "load_tokenizer",
+]
+
+NEAR_MLP = ("hook_resid_mid", "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out")
+"""Hooks of a block that a transcoder of its MLP might read or predict, from the first to fire to the last."""
+
+
+class Activations(NamedTuple):
+    """What a transcoder reads and what it predicts, one row per token."""
+
+    source: Float[Tensor, "tokens d_in"]
+    target: Float[Tensor, "tokens d_out"]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids, without special tokens: what looks like one in a text is read as plain text."""
+
+    bos_token_id: int
+    _backend: Any
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text."""
+        if not texts:
+            return []
+        encoded = self._backend(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer saved in a model's folder. Without a BOS token, EOS takes its place, as in GPT-2.
+
+    Raises:
+        ModelError: no tokenizer can be read there, or it has neither token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
+    bos = backend.bos_token_id if backend.bos_token_id is not None else backend.eos_token_id
+    if bos is None:
+        raise ModelError(f"{folder}: its tokenizer has neither a BOS nor an EOS token to begin rows with")
+    return Tokenizer(bos, backend)
+
+
+class LanguageModel:
+    """A frozen language model on one device. Its weights never change and no gradient reaches them.
+
+    Attributes:
+        n_tokens_seen: tokens that `harvest` has run through it so far.
+        device: where it runs, and where activations come out.
+    """
+
+    def __init__(self, bridge: Any, model: Model, folder: Path, activation_dtype: torch.dtype) -> None:
+        self.n_tokens_seen = 0
+        self.device = torch.device(bridge.cfg.device)
+        self._bridge = bridge
+        self._name = model.model
+        self._folder = folder
+        self._activation_dtype = activation_dtype
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over names and contents of the safetensors files; taken on first use (1 GB: seconds)."""
+        digest = hashlib.sha256()
+        for path in sorted(self._folder.glob("*.safetensors")):
+            digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
+        return digest.hexdigest()
+
+    def check(self, site: Site, d_in: int, d_out: int) -> None:
+        """Hold a site against the loaded model, with a pass over two tokens that are not counted.
+
+        Raises:
+            ModelError: a hook does not exist, does not fire or has another width.
+        """
+        captured = self._capture(torch.zeros(1, 2, dtype=torch.int64), self._hooks.intersection(site.hook_names))
+        source, target = site.hook_names
+        for key, hook, name, width_key, width in (
+            ("hook_in", site.hook_in, source, "d_in", d_in),
+            ("hook_out", site.hook_out, target, "d_out", d_out),
+        ):
+            if name not in captured:
+                raise self._no_such_hook(name, f"{key}={hook}: ")
+            if (shape := tuple(captured[name].shape)) != (1, 1, width):
+                raise ModelError(
+                    f"{key}={hook}: {name} of {self._name} holds {'x'.join(map(str, shape[2:]))} numbers per token, "
+                    f"not {width_key}={width}; {self._mlp_hooks(name)}"
+                )
+
+    def harvest(self, rows: Int[Tensor, "rows seq"], sites: Collection[Site]) -> dict[Site, Activations]:
+        """Run rows of tokens through the model once, no further than the deepest hook asked for.
+
+        Position 0 (BOS) is dropped; position t of row r is at r * (seq - 1) + t - 1. Sites that share a hook
+        share its tensor. A site's numbers do not depend on which other sites are asked for.
+
+        Raises:
+            ModelError: a hook does not exist or does not fire; `check` says so before the first step.
+        """
+        names = {name for site in sites for name in site.hook_names}
+        captured = self._capture(rows, names)
+        if missing := sorted(names - captured.keys()):
+            raise self._no_such_hook(missing[0])
+        self.n_tokens_seen += rows.numel()
+        flat = {name: tensor.flatten(0, 1) for name, tensor in captured.items()}
+        return {site: Activations(*(flat[name] for name in site.hook_names)) for site in sites}
+
+    def _capture(
+        self, rows: Int[Tensor, "rows seq"], names: Collection[str]
+    ) -> dict[str, Float[Tensor, "rows seq-1 *width"]]:
+        """Contiguous copies of the named activations without position 0; the pass ends when it has them all.
+
+        A name the model lacks, or that never fires, is missing from the result.
+        """
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        captured: dict[str, Tensor] = {}
+        if not self._hooks.issuperset(names):
+            return captured
+
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
+            def copy(tensor: Tensor, hook: Any) -> None:
+                captured[name] = tensor[:, 1:].to(
+                    self._activation_dtype, copy=True, memory_format=torch.contiguous_format
+                )
+                if len(captured) == len(names):
+                    raise StopAtLayerException(tensor)
+
+            return copy
+
+        with torch.no_grad():  # not inference_mode: tensors made there may not enter autograd
+            self._bridge.run_with_hooks(
+                rows.to(self.device), return_type=None, fwd_hooks=[(name, keep(name)) for name in names]
+            )
+        return captured
+
+    @cached_property
+    def _hooks(self) -> frozenset[str]:
+        """Names of the activations that can be read, without those transformer_lens has switched off."""
+        names = set()
+        for name, point in self._bridge.hook_dict.items():
+            with contextlib.suppress(ValueError):
+                self._bridge.check_hooks_to_add(point, name, print)
+                names.add(name)
+        return frozenset(names)
+
+    def _no_such_hook(self, name: str, prefix: str = "") -> ModelError:
+        return ModelError(f"{prefix}{self._name} has no activation {name}; {self._mlp_hooks(name)}")
+
+    def _mlp_hooks(self, name: str) -> str:
+        """What can be read near the MLP of the layer that a hook names."""
+        block = ".".join(name.split(".")[:2])
+        near = [hook for part in NEAR_MLP if (hook := f"{block}.{part}") in self._hooks]
+        return f"near that MLP there are {', '.join(near)}" if near else f"it has no MLP hooks in {block}"
+
+
+def load_language_model(
+    model: Model, folder: Path, device: str, activation_dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """Load the model saved in `folder` onto a device (cpu, cuda or cuda:<n>), frozen, in its `model_dtype`.
+
+    Args:
+        activation_dtype: what `harvest` casts activations to.
+
+    Raises:
+        ModelError: the folder cannot be loaded, has another number of layers than declared, or is to run in
+            bfloat16 on a CPU.
+    """
+    if model.model_dtype == "bfloat16" and torch.device(device).type == "cpu":
+        raise ModelError(
+            "model_dtype=bfloat16 is 25 to 100 times slower than float32 on a CPU; set model_dtype=float32"
+        )
+    if not any(folder.glob("*.safetensors")):  # without one, transformers would unpickle a .bin file
+        raise ModelError(f"{folder} holds no *.safetensors; save the model there with save_pretrained")
+    from safetensors import SafetensorError
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with quiet_transformers():
+            bridge = TransformerBridge.boot_transformers(
+                str(folder.absolute()), device=device, dtype=getattr(torch, model.model_dtype), trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model={model.model}: {folder} cannot be loaded on {device} ({first_line(error)})") from error
+    if bridge.cfg.n_layers != model.n_layers:
+        raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
+    bridge.eval()
+    bridge.requires_grad_(False)
+    return LanguageModel(bridge, model, folder, activation_dtype)

@@ -1,0 +1,1 @@
+"""From composed configs to finished cells: plan, submit, watch. Imports no torch."""

@@ -1,0 +1,56 @@
+"""The plugin Hydra loads: a grid sweeper that leaves no folder behind, and a launcher that plans first."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's own grid. Its `sweep` would write multirun.yaml and compose every cell once more than needed."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        super().__init__(max_batch_size=None, params=params)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.hydra_context is not None and self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (grid,) = self.split_arguments(overrides, None)
+        return self.launcher.launch(grid, initial_job_idx=0)
+
+
+class SweepLauncher(Launcher):
+    """Composes every cell once and hands all of them to `sweep.launch.launch`."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the sweep and leave the process with its exit code."""
+        from sweep.launch.launch import launch
+
+        raise SystemExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.backend))
+
+    def compose(self, overrides: list[str]) -> tuple[list[str], dict[str, Any] | str]:
+        """The cell's overrides with its flat options, or with Hydra's words on why there are none."""
+        try:
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            options = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            plain = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            cause = f"{error}" if error.__cause__ is None else f"{error.__cause__}"
+            return overrides, " ".join(line.strip() for line in cause.splitlines() if line.strip())
+        assert isinstance(plain, dict)
+        return overrides, {str(key): value for key, value in plain.items()}

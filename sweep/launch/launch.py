@@ -1,0 +1,168 @@
+"""The flow of a sweep: resolve, plan, run, tell."""
+
+import hashlib
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sweep.config import Cell, Workflow, as_json
+from sweep.errors import SweepError
+from sweep.launch import console
+from sweep.launch.cost import gang_cost, machine_flops
+from sweep.launch.plan import Job, Plan, make_plan, resolve
+from sweep.paths import ResultsFolder, write_atomic, write_json
+from sweep.progress import Report
+from sweep.provenance import git_state
+from sweep.revisions import read_json
+from sweep.status import read_status
+
+__all__ = ["launch"]
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+MAX_METRICS_BYTES = 1 << 20
+
+RunGang = Callable[[Sequence[str], Workflow, Report, Callable[[], bool]], None]
+
+
+def launch(jobs: Sequence[Job], backend: str) -> int:
+    """Run a sweep through the named backend; returns the exit code of the process."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("sweep").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
+    try:
+        workflow, cells = resolve(jobs)
+        results = ResultsFolder(Path(workflow.results_dir))
+        results.check()
+        plan = make_plan(workflow, cells, results)
+        console.show_plan(plan)
+        if workflow.dry_run:
+            if plan.gangs:
+                costs = [gang_cost(gang, workflow.cache_gib) for gang in plan.gangs]
+                console.show_cost(costs, machine_flops())
+            return DONE
+        results.create()
+        return execute(plan, results, BACKENDS[backend])
+    except SweepError as error:
+        console.problem(str(error))
+        return WRONG
+    except OSError as error:
+        console.problem(f"{type(error).__name__}: {error}")
+        return WRONG
+
+
+def execute(plan: Plan, results: ResultsFolder, run: RunGang) -> int:
+    """Freeze the configs, run the gangs one after the other and show what came of them."""
+    record(plan, results)
+    for gang in plan.gangs:
+        for cell in gang:
+            freeze(cell, results)
+    try:
+        with stopping() as stop, console.progress() as report:
+            for gang in plan.gangs:
+                run([cell.cell_id for cell in gang], plan.workflow, report, stop)
+    except (Interrupted, KeyboardInterrupt):
+        console.problem(f"interrupted; every cell is saved. To go on:\n    {command()}")
+        return INTERRUPTED
+    return tell(plan, results)
+
+
+class Interrupted(Exception):
+    """The sweep was asked to stop and has saved its cells."""
+
+
+def run_inline(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: Callable[[], bool]) -> None:
+    """Backend `inline`: in this process."""
+    report("start", 0, 0, "")
+    from sweep import job
+
+    try:
+        job.run_gang(cell_ids, workflow, report, stop)
+    except job.Interrupted as error:
+        raise Interrupted from error
+
+
+BACKENDS: dict[str, RunGang] = {"inline": run_inline}
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT ends the process at once."""
+    asked = False
+
+    def ask(signum: int, _: FrameType | None) -> None:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        console.problem("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def record(plan: Plan, results: ResultsFolder) -> None:
+    """Write the sweep's own file: its command line and its cells. The same sweep again replaces it."""
+    cell_ids = [planned.cell.cell_id for planned in plan.unique]
+    sweep_id = hashlib.sha256(" ".join(cell_ids).encode()).hexdigest()[:10]
+    git_sha, git_dirty = git_state()
+    write_json(
+        results.sweeps / f"{sweep_id}.json",
+        {
+            "sweep_id": sweep_id,
+            "command": command(),
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "cell_ids": cell_ids,
+            "git_sha": git_sha,
+            "git_dirty": git_dirty,
+        },
+    )
+
+
+def freeze(cell: Cell, results: ResultsFolder) -> None:
+    folder = results.cell(cell.cell_id)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder.config, as_json(cell).encode())
+
+
+def tell(plan: Plan, results: ResultsFolder) -> int:
+    """Show results and failures; the exit code says whether every cell is done."""
+    metrics, failures = {}, []
+    for planned in plan.unique:
+        cell_id = planned.cell.cell_id
+        folder = results.cell(cell_id)
+        if results.row("runs", cell_id).exists():
+            metrics[cell_id] = read_metrics(folder.metrics)
+            continue
+        status = read_status(folder)
+        message = status.error.get("message") or f"is {status.state}"
+        failures.append((cell_id, f"{status.state}: {message}", str(folder.log)))
+    console.show_results(plan.unique, metrics)
+    console.show_failures(failures)
+    if metrics:
+        console.out.print(f"ranked against baselines: python -m analysis rank {plan.workflow.results_dir}")
+    return FAILED if failures else DONE
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The cell's metrics for the table; empty when the file is gone or damaged, the row is what counts."""
+    try:
+        metrics = read_json(path, MAX_METRICS_BYTES)
+    except (OSError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}

@@ -1,0 +1,138 @@
+"""What a sweep will do, cell by cell and why, before anything is touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from sweep.config import Cell, StreamConfig, Workflow
+from sweep.errors import ConfigError
+from sweep.paths import ResultsFolder, try_lock
+from sweep.status import read_status
+
+__all__ = ["Job", "Plan", "Planned", "make_plan", "resolve"]
+
+Job = tuple[list[str], dict[str, Any] | str]
+"""A cell as Hydra hands it over: its overrides, and its flat options or the reason why there are none."""
+
+Action = Literal["new", "resume", "retry", "done", "duplicate", "running"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell of the sweep and what will happen to it."""
+
+    cell: Cell
+    overrides: tuple[str, ...]
+    action: Action
+    reason: str
+
+    @property
+    def runs(self) -> bool:
+        return self.action in ("new", "resume", "retry")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a sweep in the order they were asked for."""
+
+    workflow: Workflow
+    cells: tuple[Planned, ...]
+
+    @property
+    def gangs(self) -> list[list[Cell]]:
+        """The cells that will run, grouped by the stream they share."""
+        by_stream: dict[StreamConfig, list[Cell]] = {}
+        for planned in self.cells:
+            if planned.runs:
+                by_stream.setdefault(planned.cell.stream, []).append(planned.cell)
+        return list(by_stream.values())
+
+    @property
+    def unique(self) -> list[Planned]:
+        return [planned for planned in self.cells if planned.action != "duplicate"]
+
+
+def resolve(jobs: Sequence[Job]) -> tuple[Workflow, list[tuple[tuple[str, ...], Cell]]]:
+    """The workflow and the cells of a sweep.
+
+    Raises:
+        ConfigError: with the problems of all cells together.
+    """
+    cells, problems = [], []
+    for overrides, options in jobs:
+        try:
+            if isinstance(options, str):
+                raise ConfigError(options)
+            cells.append((tuple(overrides), Cell.from_options(options)))
+        except ConfigError as error:
+            problems += [(problem, " ".join(overrides)) for problem in error.problems]
+    complete = [options for _, options in jobs if isinstance(options, dict)]
+    workflow = None
+    try:
+        problems += [(problem, "") for problem in _swept_workflow_keys(complete)]
+        workflow = Workflow.from_options(complete[0]) if complete else None
+    except ConfigError as error:
+        problems += [(problem, "") for problem in error.problems]
+    if problems or workflow is None:
+        raise ConfigError(*_grouped(problems, len(jobs)))
+    return workflow, cells
+
+
+def _swept_workflow_keys(options: Sequence[dict[str, Any]]) -> list[str]:
+    problems = []
+    for key in (f.name for f in fields(Workflow)):
+        values = list(dict.fromkeys(str(cell[key]) for cell in options))
+        if len(values) > 1:
+            problems.append(f"{key}={','.join(values)} cannot be swept: it is not part of a cell; give it one value")
+    return problems
+
+
+def _grouped(problems: Sequence[tuple[str, str]], n_cells: int) -> list[str]:
+    """Each problem once, with the cells that have it unless that is all of them."""
+    by_problem: dict[str, list[str]] = {}
+    for problem, cell in problems:
+        by_problem.setdefault(problem, []).append(cell)
+    return [
+        problem if len(cells) == n_cells or not any(cells) else f"{problem}\n    in: " + "\n    in: ".join(cells)
+        for problem, cells in by_problem.items()
+    ]
+
+
+def make_plan(workflow: Workflow, cells: Sequence[tuple[tuple[str, ...], Cell]], results: ResultsFolder) -> Plan:
+    """Look every cell up in the results folder; writes nothing."""
+    planned: list[Planned] = []
+    seen: set[str] = set()
+    for overrides, cell in cells:
+        if cell.cell_id in seen:
+            action: Action = "duplicate"
+            reason = "the same cell is in this sweep already"
+        else:
+            action, reason = look_up(cell, results)
+        seen.add(cell.cell_id)
+        planned.append(Planned(cell, overrides, action, reason))
+    return Plan(workflow, tuple(planned))
+
+
+def look_up(cell: Cell, results: ResultsFolder) -> tuple[Action, str]:
+    """What the results folder says about a cell."""
+    row = results.row("runs", cell.cell_id)
+    if row.exists():
+        content = row.read_bytes()
+        if content.startswith(b"PAR1") and content.endswith(b"PAR1"):
+            return "done", "its row is there"
+        return "retry", f"its row {row} is damaged"
+    folder = results.cell(cell.cell_id)
+    if not folder.root.exists():
+        return "new", ""
+    if folder.lock.exists():
+        lock = try_lock(folder.lock)
+        if lock is None:
+            return "running", f"process {read_status(folder).pid} is at it"
+        lock.close()
+    status = read_status(folder)
+    checkpoints = folder.checkpoint_steps()
+    if status.state in ("failed", "diverged"):
+        return "retry", f"{status.state} {status.failures} times: {status.error.get('message', '')}".splitlines()[0]
+    if checkpoints:
+        return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
+    return "new", "started before, no checkpoint" if status.attempts else ""

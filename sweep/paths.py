@@ -1,0 +1,234 @@
+"""Every file name a sweep owns, and the only ways a file comes to be: whole or not at all."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sweep.errors import ResultsError
+
+__all__ = [
+    "CacheFolder",
+    "CellFolder",
+    "ResultsFolder",
+    "atomic_directory",
+    "locked",
+    "try_lock",
+    "write_atomic",
+    "write_json",
+]
+
+TABLES = ("runs", "curves", "latents", "sequences")
+MARK = "Results of sparse transcoder sweeps (format 1)"
+ABOUT = f"""{MARK}
+
+runs/       one Parquet row per finished cell; a row here is the commit of the run
+curves/     training curves: step, metric, value
+latents/    one row per latent
+sequences/  sums per held-out sequence
+cells/      one folder per cell: config, status, log, checkpoints, the transcoder
+sweeps/     one JSON file per sweep: its command and its cells
+cache/      models, tokens and activations; can be deleted, will be rebuilt
+
+Read it:  python -m analysis rank <this folder>
+          python -m analysis query <this folder> "select * from runs"
+"""
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """Names inside `cells/<cell_id>/`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.txt"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def transcoder(self) -> Path:
+        return self.root / "transcoder"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, oldest first; half-written ones have other names."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (path.name for path in self.checkpoints.iterdir() if path.is_dir())
+        return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """Names inside `results_dir`."""
+
+    root: Path
+
+    @property
+    def sweeps(self) -> Path:
+        return self.root / "sweeps"
+
+    @property
+    def about(self) -> Path:
+        return self.root / "README.txt"
+
+    def table(self, table: str) -> Path:
+        return self.root / table
+
+    def row(self, table: str, cell_id: str) -> Path:
+        return self.root / table / f"{cell_id}.parquet"
+
+    def cell(self, cell_id: str) -> CellFolder:
+        return CellFolder(self.root / "cells" / cell_id)
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else; a new or empty one will do. Writes nothing.
+
+        Raises:
+            ResultsError: it is a file, or a folder with content that is not ours.
+        """
+        fix = "choose an empty or a new folder with results_dir="
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise ResultsError(f"results_dir={self.root} is a file; {fix}")
+        if {path.name for path in self.root.iterdir()} <= {"cache"}:
+            return
+        try:
+            with self.about.open(encoding="utf-8") as file:
+                ours = file.readline().strip() == MARK
+        except (OSError, UnicodeDecodeError):
+            ours = False
+        if not ours:
+            raise ResultsError(f"results_dir={self.root} holds files that are not results of a sweep; {fix}")
+
+    def create(self) -> None:
+        """Make the folder and its mark if they are not there yet."""
+        self.check()
+        for name in (*TABLES, "cells", "sweeps"):
+            self.table(name).mkdir(parents=True, exist_ok=True)
+        if not self.about.exists():
+            write_atomic(self.about, ABOUT.encode())
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """Names inside `cache_dir`; everything here can be deleted and is rebuilt."""
+
+    root: Path
+
+    def model(self, name: str, revision: str) -> Path:
+        return self.root / "models" / f"{name}-{revision[:12]}"
+
+    def tokens(self, key: str) -> Path:
+        return self.root / "tokens" / key
+
+    def activations(self, key: str) -> Path:
+        return self.root / "activations" / key
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` on success and vanishes on failure; an older `path` goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        os.chmod(partial, 0o755)
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            sync(file)
+        sync_directory(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the kernel lock of a file, waiting for it; a process that dies lets go at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

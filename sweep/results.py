@@ -1,0 +1,185 @@
+"""The schema of every Parquet table as data, and the one way to write a table.
+
+A new metric is a new `Column` here. Writers cast to the schema, readers pass it on, `docs/metrics.md` and
+`python -m analysis query` speak of the same names.
+"""
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from sweep.config import SLICES, Cell, option_fields
+from sweep.paths import ResultsFolder, write_atomic
+
+if TYPE_CHECKING:
+    import polars
+
+__all__ = ["DEAD_AT_TOKENS", "METRICS", "TABLES", "Column", "polars_schema", "write_run", "write_table"]
+
+Dtype = Literal["int64", "float64", "string", "bool", "list[int64]", "list[float64]"]
+
+DEAD_AT_TOKENS = (1_000, 10_000, 100_000, 1_000_000)
+"""Held-out token counts at which the dead fraction is also reported: it falls as one looks longer."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, type and meaning. `volatile` values differ between identical runs."""
+
+    name: str
+    dtype: Dtype
+    doc: str
+    volatile: bool = False
+
+
+def _dtype(hint: Any) -> Dtype:
+    """The column type of an option's Python type."""
+    if get_origin(hint) is Literal:
+        return "string"
+    arguments = [a for a in get_args(hint) if a not in (type(None), Ellipsis)]
+    if get_origin(hint) is tuple:
+        return "list[int64]" if arguments[0] is int else "list[float64]"
+    scalar = arguments[0] if arguments else hint
+    dtypes: dict[Any, Dtype] = {int: "int64", float: "float64", bool: "bool", str: "string"}
+    return dtypes[scalar]
+
+
+CELL_ID = Column("cell_id", "string", "identity of the cell: hash of every scientific option")
+
+OPTIONS = tuple(
+    Column(name, _dtype(hint), metadata["doc"], volatile=name in ("model_path", "dataset_path"))
+    for kind, name, hint, metadata in option_fields()
+    if kind in (*SLICES.values(), Cell)
+)
+
+METRICS = (
+    Column("fvu", "float64", "fraction of variance unexplained: squared error over squared deviation from the mean"),
+    Column("fvu_per_dimension", "float64", "mean over output dimensions of each one's own FVU"),
+    Column("fvu_scalar_variance", "float64", "older definition with one variance over all elements; flattering"),
+    Column("mse", "float64", "mean squared error per token and output dimension, in the model's own units"),
+    Column("cosine", "float64", "mean over tokens of the cosine between prediction and target"),
+    Column("l0", "float64", "active latents per token, mean"),
+    Column("l0_median", "float64", "active latents per token, median"),
+    Column("l0_std", "float64", "active latents per token, standard deviation"),
+    Column("dead_fraction", "float64", "latents that fire on no held-out token"),
+    *(
+        Column(f"dead_fraction_{n}_tokens", "float64", f"latents silent on the first {n:,} held-out tokens; null if fewer")
+        for n in DEAD_AT_TOKENS
+    ),
+    Column("dead_fraction_training", "float64", "latents dead by the training counter at the last step"),
+    Column("absorption_score", "float64", "decoder redundancy: fraction of decoder pairs with cosine above 0.9, exact"),
+    Column("n_decoder_pairs", "int64", "pairs of decoder rows compared"),
+    Column("n_similar_pairs", "int64", "pairs of decoder rows with cosine above 0.9"),
+    Column("frac_latents_with_twin", "float64", "latents with at least one other decoder row at cosine above 0.9"),
+    Column("mean_max_decoder_cosine", "float64", "mean over latents of the largest cosine with another decoder row"),
+    Column("n_evaluated_tokens", "int64", "held-out tokens the metrics are taken over"),
+)
+
+RUNS = (
+    CELL_ID,
+    Column("kind", "string", "cell, or baseline"),
+    Column("status", "string", "done"),
+    Column("schema_version", "int64", "version of the identity and of this schema"),
+    *OPTIONS,
+    *METRICS,
+    Column("final_loss", "float64", "training loss of the last step"),
+    Column("threshold", "float64", "fitted inference threshold, in units of the latents; null for top_k"),
+    Column("source_scale", "float64", "factor that gave sources unit mean square in training; folded into the weights"),
+    Column("target_scale", "float64", "factor that gave targets unit mean square in training; folded into the weights"),
+    Column("tokens_hash", "string", "sha256 of the token file"),
+    Column("heldout_hash", "string", "sha256 of its held-out rows"),
+    Column("model_hash", "string", "sha256 of the language model's weights"),
+    Column("config", "string", "the whole cell as JSON"),
+    Column("n_language_model_tokens", "int64", "tokens that went through the language model for the whole gang", True),
+    Column("gang_size", "int64", "cells that trained on the same pass", True),
+    Column("attempts", "int64", "runs it took to finish the cell", True),
+    Column("seconds", "float64", "wall time of the last attempt, shared by the gang", True),
+    Column("training_tokens_per_second", "float64", "training tokens of the gang's pace, language model included", True),
+    Column("host", "string", "machine", True),
+    Column("device", "string", "device it trained on", True),
+    Column("n_threads", "int64", "CPU threads of torch", True),
+    Column("versions", "string", "versions of Python and the main packages, as JSON", True),
+    Column("git_sha", "string", "commit of the code, empty outside a checkout", True),
+    Column("git_dirty", "bool", "the checkout had uncommitted changes", True),
+    Column("finished_at", "string", "UTC time of the commit", True),
+)
+
+CURVES = (
+    CELL_ID,
+    Column("step", "int64", "training step, from 0"),
+    Column("metric", "string", "loss, loss_<prefix>, aux_loss, l0, n_dead, lr"),
+    Column("value", "float64", "its value in that step"),
+)
+
+LATENTS = (
+    CELL_ID,
+    Column("latent", "int64", "index of the latent"),
+    Column("group", "int64", "innermost nested prefix that holds it, from 0"),
+    Column("density", "float64", "fraction of held-out tokens on which it fires"),
+    Column("mean_activation", "float64", "mean value where it fires; null if it never does"),
+    Column("max_activation", "float64", "largest value; null if it never fires"),
+    Column("encoder_norm", "float64", "Euclidean norm of its encoder column"),
+    Column("decoder_norm", "float64", "Euclidean norm of its decoder row"),
+    Column("nearest_latent", "int64", "latent with the most similar decoder row"),
+    Column("nearest_cosine", "float64", "cosine of the two decoder rows"),
+    Column("batches_since_fired", "int64", "training batches since it last fired"),
+)
+
+SEQUENCES = (
+    CELL_ID,
+    Column("sequence", "int64", "held-out row"),
+    Column("n_tokens", "int64", "tokens of the row that count"),
+    Column("sum_squared_error", "float64", "summed over tokens and output dimensions"),
+    Column("sum_squared_deviation", "float64", "of the targets from their mean over all held-out tokens"),
+    Column("sum_l0", "float64", "active latents, summed over tokens"),
+    Column("sum_cosine", "float64", "cosine of prediction and target, summed over tokens"),
+)
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "runs": RUNS,
+    "curves": CURVES,
+    "latents": LATENTS,
+    "sequences": SEQUENCES,
+}
+
+
+def polars_schema(table: str) -> "polars.Schema":
+    """The table's schema in polars' types."""
+    import polars as pl
+
+    dtypes: dict[Dtype, Any] = {
+        "int64": pl.Int64,
+        "float64": pl.Float64,
+        "string": pl.String,
+        "bool": pl.Boolean,
+        "list[int64]": pl.List(pl.Int64),
+        "list[float64]": pl.List(pl.Float64),
+    }
+    return pl.Schema({column.name: dtypes[column.dtype] for column in TABLES[table]})
+
+
+def write_table(table: str, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as Parquet, cast to the table's schema, atomically. Columns a row lacks are null.
+
+    Raises:
+        KeyError: a row has a column the schema does not know.
+    """
+    import polars as pl
+
+    schema = polars_schema(table)
+    rows = list(rows)
+    if unknown := {name for row in rows for name in row} - set(schema):
+        raise KeyError(f"not in the schema of {table}: {', '.join(sorted(unknown))}")
+    frame = pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema, strict=True)
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="zstd", statistics=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Commit a finished cell: the row in `runs` goes last, and its rename is the commit."""
+    for table in ("curves", "latents", "sequences", "runs"):
+        rows = [{"cell_id": cell_id, **row} for row in tables[table]]
+        write_table(table, results.row(table, cell_id), rows)

@@ -1,0 +1,80 @@
+"""TrainState: the only thing that changes over time, and so exactly what a checkpoint holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sweep.transcoder import Parameters
+
+__all__ = ["CurvePoint", "TrainState"]
+
+CurvePoint = tuple[int, str, float]
+"""Step, metric, value."""
+
+
+@dataclass
+class TrainState:
+    """A cell in training. Nothing random happens after initialisation, so there is no generator to keep.
+
+    `step` counts finished steps. `curve` holds what has been logged so far, so that a resumed run ends with the
+    same curve. Scales are the recorded factors that give source and target unit mean square.
+    """
+
+    step: int
+    params: Parameters
+    first_moments: Parameters
+    second_moments: Parameters
+    batches_since_fired: Int64[Tensor, " dict_size"]
+    source_scale: float
+    target_scale: float
+    curve: list[CurvePoint] = field(default_factory=list)
+
+    @classmethod
+    def initial(cls, params: Parameters, source_scale: float, target_scale: float) -> "TrainState":
+        return cls(
+            step=0,
+            params=params,
+            first_moments=params.map(torch.zeros_like),
+            second_moments=params.map(torch.zeros_like),
+            batches_since_fired=torch.zeros_like(params.b_enc, dtype=torch.int64),
+            source_scale=source_scale,
+            target_scale=target_scale,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under a unique name."""
+        parts = {"params": self.params, "first_moments": self.first_moments, "second_moments": self.second_moments}
+        named = {f"{part}.{name}": tensor for part, params in parts.items() for name, tensor in params.items()}
+        return {**named, "batches_since_fired": self.batches_since_fired}
+
+    def scalars(self) -> dict[str, Any]:
+        """Everything else, as JSON values; floats survive JSON exactly."""
+        return {
+            "step": self.step,
+            "source_scale": self.source_scale,
+            "target_scale": self.target_scale,
+            "curve": self.curve,
+        }
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> "TrainState":
+        """The inverse of `tensors` and `scalars`."""
+
+        def part(prefix: str) -> Parameters:
+            return Parameters(
+                **{name.split(".")[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+            )
+
+        return cls(
+            step=scalars["step"],
+            params=part("params"),
+            first_moments=part("first_moments"),
+            second_moments=part("second_moments"),
+            batches_since_fired=tensors["batches_since_fired"],
+            source_scale=scalars["source_scale"],
+            target_scale=scalars["target_scale"],
+            curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
+        )

@@ -1,0 +1,1 @@
+"""The training step: one batch in, a changed TrainState out."""

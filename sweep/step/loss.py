@@ -1,0 +1,71 @@
+"""What is minimised, as a differentiable function of the parameters.
+
+1. Encode the whole width, select the active latents.
+2. Decode every nested prefix; each one reconstructs the target and is in the loss (Bussmann et al. 2025).
+3. The residual of the full reconstruction, detached, is reconstructed by the latents that are dead, from their
+   *raw* pre-latents (Gao et al. 2024, section A.2, without the relu, so that a silent latent gets a gradient).
+
+    loss = mean over prefixes of mse(prefix) + aux_penalty * min(n_dead / top_k_aux, 1) * mse(aux)
+
+where mse is the mean over tokens and output dimensions, on targets of unit mean square.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sweep.config import Capacity, Revival
+from sweep.transcoder import Parameters, pre_latents, select
+
+__all__ = ["Loss", "transcoder_loss"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one batch and what is worth knowing about it. Only `total` carries a graph."""
+
+    total: Float[Tensor, ""]
+    prefixes: list[Float[Tensor, ""]]
+    aux: Float[Tensor, ""] | None
+    latents: Float[Tensor, "batch dict_size"]
+
+
+def transcoder_loss(
+    params: Parameters,
+    source: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    capacity: Capacity,
+    revival: Revival,
+    dead: Int[Tensor, " n_dead"],
+) -> Loss:
+    """The loss on scaled source and target, with the indices of the latents that count as dead."""
+    pre = pre_latents(params, source)
+    latents = select(pre, capacity)
+    reconstruction = params.b_dec.expand_as(target)
+    prefixes = []
+    for start, end in zip((0, *capacity.groups), capacity.groups):
+        reconstruction = reconstruction + latents[:, start:end] @ params.W_dec[start:end]
+        prefixes.append((reconstruction - target).square().mean())
+    total = torch.stack(prefixes).mean()
+    aux = None
+    if revival.aux_penalty > 0 and len(dead) > 0:
+        aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)
+        total = total + revival.aux_penalty * min(len(dead) / revival.top_k_aux, 1.0) * aux
+    aux = None if aux is None else aux.detach()
+    return Loss(total, [prefix.detach() for prefix in prefixes], aux, latents.detach())
+
+
+def aux_loss(
+    params: Parameters,
+    pre: Float[Tensor, "batch dict_size"],
+    residual: Float[Tensor, "batch d_out"],
+    top_k_aux: int,
+    dead: Int[Tensor, " n_dead"],
+) -> Float[Tensor, ""]:
+    """Mean squared error of reconstructing the residual from the top dead latents of each token."""
+    dead_pre = pre[:, dead]
+    values, index = dead_pre.topk(min(top_k_aux, len(dead)), dim=-1, sorted=False)
+    revived = torch.zeros_like(dead_pre).scatter(1, index, values)
+    return (revived @ params.W_dec[dead] - residual).square().mean()

@@ -1,0 +1,185 @@
+"""The transcoder: parameters, how they encode and decode, and which latents may be active.
+
+    pre_latents = source @ W_enc + b_enc          [n, dict_size]
+    latents     = select(relu(pre_latents))       sparse, by the activation rule
+    target_hat  = latents @ W_dec + b_dec         [n, d_out]
+
+`Parameters` are what training changes, in scaled units (source and target have unit mean square).
+`Transcoder` is what inference reads, in the language model's own units: the scales are folded in.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sweep.config import Capacity
+from sweep.errors import CheckpointError
+from sweep.paths import write_atomic, write_json
+
+__all__ = [
+    "Parameters",
+    "Transcoder",
+    "fold",
+    "load_transcoder",
+    "pre_latents",
+    "save_transcoder",
+    "select",
+    "select_batch_top_k",
+    "select_top_k",
+]
+
+FORMAT = "sparse-transcoder"
+FORMAT_VERSION = 1
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass
+class Parameters:
+    """Four tensors of one dtype; also the shape of their gradients and of Adam's moments."""
+
+    W_enc: Float[Tensor, "d_in dict_size"]
+    b_enc: Float[Tensor, " dict_size"]
+    W_dec: Float[Tensor, "dict_size d_out"]
+    b_dec: Float[Tensor, " d_out"]
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f.name, getattr(self, f.name)) for f in fields(self))
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for _, tensor in self.items()]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Parameters":
+        return Parameters(**{name: function(tensor) for name, tensor in self.items()})
+
+
+def pre_latents(params: Parameters, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
+    return torch.addmm(params.b_enc, source, params.W_enc)
+
+
+def select_top_k(pre: Float[Tensor, "n dict_size"], top_k: int) -> Float[Tensor, "n dict_size"]:
+    """The `top_k` largest positive entries of each row; zero elsewhere (Gao et al. 2024, TopK)."""
+    positive = pre.relu()
+    values, index = positive.topk(top_k, dim=-1, sorted=False)
+    return torch.zeros_like(positive).scatter(1, index, values)
+
+
+def select_batch_top_k(pre: Float[Tensor, "n dict_size"], top_k: int) -> Float[Tensor, "n dict_size"]:
+    """The `top_k * n` largest positive entries of the batch; zero elsewhere (Bussmann et al. 2024, BatchTopK)."""
+    positive = pre.relu()
+    values, index = positive.flatten().topk(top_k * len(pre), sorted=False)
+    return torch.zeros_like(positive).flatten().scatter(0, index, values).view_as(positive)
+
+
+def select(pre: Float[Tensor, "n dict_size"], capacity: Capacity) -> Float[Tensor, "n dict_size"]:
+    """Latents in training, by the capacity's activation rule."""
+    rule = select_batch_top_k if capacity.activation == "batch_top_k" else select_top_k
+    return rule(pre, capacity.top_k)
+
+
+@dataclass(frozen=True)
+class Transcoder:
+    """Inference only, in the language model's own units.
+
+    `top_k` applies to activation "top_k"; `threshold` (one value per latent) to "jump_relu": a latent is active
+    where its pre-latent exceeds its threshold, and then has the pre-latent's value (Rajamanoharan et al. 2024).
+    """
+
+    W_enc: Float[Tensor, "d_in dict_size"]
+    b_enc: Float[Tensor, " dict_size"]
+    W_dec: Float[Tensor, "dict_size d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    activation: str
+    top_k: int
+    threshold: Float[Tensor, " dict_size"] | None
+
+    def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
+        pre = torch.addmm(self.b_enc, source, self.W_enc)
+        if self.threshold is None:
+            return select_top_k(pre, self.top_k)
+        return torch.where(pre > self.threshold, pre, 0)
+
+    def decode(self, latents: Float[Tensor, "n dict_size"]) -> Float[Tensor, "n d_out"]:
+        return torch.addmm(self.b_dec, latents, self.W_dec)
+
+
+def fold(
+    params: Parameters, capacity: Capacity, source_scale: float, target_scale: float, threshold: float | None
+) -> Transcoder:
+    """The transcoder in raw units: reads `source / source_scale`-sized inputs, predicts unscaled targets.
+
+    Training sees `source * source_scale` and `target * target_scale`. The decoder keeps its norm, so latents come
+    out in units of the target: everything before the decoder is divided by `target_scale`.
+    """
+    n_latents = params.b_enc.numel()
+    return Transcoder(
+        W_enc=params.W_enc * (source_scale / target_scale),
+        b_enc=params.b_enc / target_scale,
+        W_dec=params.W_dec.clone(),
+        b_dec=params.b_dec / target_scale,
+        activation="top_k" if threshold is None else "jump_relu",
+        top_k=capacity.top_k,
+        threshold=None if threshold is None else params.b_enc.new_full((n_latents,), threshold / target_scale),
+    )
+
+
+def save_transcoder(folder: Path, transcoder: Transcoder, about: dict[str, Any]) -> None:
+    """Write `transcoder.safetensors` and `config.json`, each atomically; `about` joins the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    tensors = {name: tensor for name in names if (tensor := getattr(transcoder, name)) is not None}
+    write_atomic(folder / "transcoder.safetensors", save({k: v.cpu().contiguous() for k, v in tensors.items()}))
+    d_in, dict_size = transcoder.W_enc.shape
+    write_json(
+        folder / "config.json",
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "activation": transcoder.activation,
+            "top_k": transcoder.top_k,
+            "d_in": d_in,
+            "dict_size": dict_size,
+            "d_out": transcoder.W_dec.shape[1],
+            **about,
+        },
+    )
+
+
+def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
+    """Read what `save_transcoder` wrote, after checking header, names, shapes and dtypes.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a transcoder of ours.
+    """
+    try:
+        if (folder / "config.json").stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{folder / 'config.json'} is too large to be a transcoder's config")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{folder} is not a transcoder of format {FORMAT} {FORMAT_VERSION}")
+        expected = _expected_shapes(config)
+        with safe_open(folder / "transcoder.safetensors", "pt", device=device) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != expected:
+                raise CheckpointError(f"{folder}: tensors {found} do not fit its config.json, which tells {expected}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a transcoder: {error}") from error
+    return Transcoder(
+        **tensors | {"threshold": tensors.get("threshold")}, activation=config["activation"], top_k=config["top_k"]
+    )
+
+
+def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    d_in, dict_size, d_out = config["d_in"], config["dict_size"], config["d_out"]
+    shapes = {"W_enc": (d_in, dict_size), "b_enc": (dict_size,), "W_dec": (dict_size, d_out), "b_dec": (d_out,)}
+    if config["activation"] == "jump_relu":
+        shapes["threshold"] = (dict_size,)
+    return shapes

@@ -1,0 +1,50 @@
+"""Fixtures shared by all tests. Torch is imported inside them: tests of the light modules stay light.
+
+The tiny language model is made once a session and is never changed: tests only read it.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from make import TINY
+
+from sweep.config import Model
+from sweep.paths import CacheFolder
+from sweep.progress import silent
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sweep.language_model import LanguageModel
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the processes tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheFolder:
+    """A cache folder shared by the whole session."""
+    return CacheFolder(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """The random three-layer Gemma-2."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: Model, cache: CacheFolder) -> "Path":
+    """The saved model and tokenizer."""
+    from sweep.language_model import ensure_model_folder
+
+    return ensure_model_folder(tiny, cache, silent)
+
+
+@pytest.fixture(scope="session")
+def language_model(tiny: Model, tiny_folder: "Path") -> "LanguageModel":
+    """The tiny model, loaded on the CPU."""
+    from sweep.language_model import load_language_model
+
+    return load_language_model(tiny, tiny_folder, "cpu")

@@ -1,0 +1,80 @@
+"""Small valid values for tests: `from make import TINY, make_cell, make_options, make_site`."""
+
+from typing import Any
+
+from sweep.config import Cell, Model, Site
+
+__all__ = ["TINY", "make_cell", "make_options", "make_site"]
+
+TINY = Model(
+    model="tiny",
+    model_format="tiny",
+    model_repo="",
+    model_revision="1",
+    model_dtype="float32",
+    model_path=None,
+    n_layers=3,
+    d_in=32,
+    d_out=32,
+    n_body_params=28_032,
+)
+
+OPTIONS: dict[str, Any] = {
+    # capacity
+    "dict_size": 64,
+    "top_k": 4,
+    "activation": "batch_top_k",
+    "groups": None,
+    "group_fractions": [1 / 8, 1 / 4, 1 / 2, 3 / 4, 1],
+    # schedule
+    "lr": 3e-3,
+    "steps": 30,
+    "batch_size": 64,
+    "warmup_steps": None,
+    "warmup_fraction": 0.1,
+    "decay": "linear",
+    "min_lr": None,
+    "min_lr_fraction": 0.01,
+    "betas": [0.9, 0.999],
+    "epochs": 1.0,
+    # revival
+    "aux_penalty": 1 / 8,
+    "top_k_aux": 16,
+    "n_batches_to_dead": 5,
+    # model and site
+    **{name: getattr(TINY, name) for name in TINY.__dataclass_fields__},
+    "layer": 1,
+    "hook_in": "norm_out",
+    "hook_out": "mlp_out",
+    # data
+    "dataset": "docstrings",
+    "dataset_format": "docstrings",
+    "dataset_revision": None,
+    "dataset_path": None,
+    "dataset_subset": None,
+    "dataset_split": "train",
+    "text_column": "text",
+    "seq_len": 32,
+    "n_tokens": 2048,
+    "n_calibration_tokens": 512,
+    "n_heldout_tokens": 512,
+    "data_seed": 0,
+    "activation_dtype": "float32",
+    "seed": 0,
+}
+
+
+def make_options(**overrides: Any) -> dict[str, Any]:
+    """Flat options of a small cell on the tiny model, as Hydra would hand them over."""
+    if unknown := overrides.keys() - OPTIONS.keys():
+        raise KeyError(f"no such option: {', '.join(sorted(unknown))}")
+    return OPTIONS | overrides
+
+
+def make_cell(**overrides: Any) -> Cell:
+    """A small cell on the tiny model, resolved and checked as a user's would be."""
+    return Cell.from_options(make_options(**overrides))
+
+
+def make_site(layer: int = 1, hook_in: str = "norm_out", hook_out: str = "mlp_out") -> Site:
+    return Site(layer=layer, hook_in=hook_in, hook_out=hook_out)
