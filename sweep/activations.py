@@ -10,11 +10,14 @@ the same numbers.
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
@@ -26,6 +29,9 @@ BLOCKS_PER_WINDOW = 8
 """A constant of the stream's schema: 1,024 sequences of 128 tokens mix well and 16k tokens fit any memory."""
 
 Batch = dict[Site, Activations]
+
+Read = tuple[str, int]
+"""A split and the number of a block in it."""
 
 
 class Blocks(Protocol):
@@ -52,7 +58,7 @@ class ActivationStream:
         self.window_tokens = BLOCKS_PER_WINDOW * self.block_tokens
         self.epoch_tokens = self.n_blocks * self.block_tokens
         self.windows_per_epoch = -(-self.n_blocks // BLOCKS_PER_WINDOW)
-        self._held: tuple[int, Batch] | None = None
+        self._held: Window | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """Batches `start` to `stop - 1` with their numbers."""
@@ -63,25 +69,36 @@ class ActivationStream:
         begin, end = i * self.config.batch_size, (i + 1) * self.config.batch_size
         pieces = []
         while begin < end:
-            window, offset = self._locate(begin)
-            order = self._order(window)
-            take = torch.from_numpy(order[offset : offset + end - begin])
-            held = self.window(window)
-            pieces.append({site: select_tokens(held[site], take) for site in self.sites})
+            number, offset = self._locate(begin)
+            window = self._window(number)
+            take = window.order[offset : offset + end - begin]
+            pieces.append({site: select_tokens(window.batch[site], take) for site in self.sites})
             begin += len(take)
         return {site: concatenate([piece[site] for piece in pieces]) for site in self.sites}
 
-    def window(self, window: int) -> Batch:
-        """Window number `window`, counted over all epochs, in block order. The last one read is kept."""
-        if self._held is None or self._held[0] != window:
-            self._held = None  # frees the old window before the new one is built
-            blocks = [self.blocks.read("train", block, self.sites) for block in self._blocks_of(window)]
-            self._held = window, {site: concatenate([block[site] for block in blocks]) for site in self.sites}
-        return self._held[1]
+    def first_window(self) -> Batch:
+        """The tokens of the first window in block order: what scales and initial parameters are read off."""
+        return self._window(0).batch
 
     def split(self, split: str) -> Iterator[Batch]:
         """The blocks of the calibration or held-out split, in order."""
         return (self.blocks.read(split, block, self.sites) for block in range(self.blocks.count(split)))
+
+    def reads(self, n_batches: int) -> Iterator[Read]:
+        """Every block the first `n_batches` batches and the other splits ask for; one an epoch, if need be."""
+        last = self._locate(n_batches * self.config.batch_size - 1)[0]
+        yield from (("train", block) for number in range(last + 1) for block in self._blocks_of(number))
+        for split in ("calibration", "heldout"):
+            yield from ((split, block) for block in range(self.blocks.count(split)))
+
+    def _window(self, number: int) -> "Window":
+        """Window `number`, counted over all epochs. The last one read is kept."""
+        if self._held is None or self._held.number != number:
+            self._held = None  # frees the old window before the new one is built
+            blocks = [self.blocks.read("train", block, self.sites) for block in self._blocks_of(number)]
+            batch = {site: concatenate([block[site] for block in blocks]) for site in self.sites}
+            self._held = Window(number, torch.from_numpy(self._order(number)), batch)
+        return self._held
 
     def _locate(self, position: int) -> tuple[int, int]:
         """The window that holds a position of the endless token sequence, and the offset in it."""
@@ -100,6 +117,15 @@ class ActivationStream:
         return permutation(n_tokens, self.config.data.data_seed, epoch, index + 1)
 
 
+@dataclass(frozen=True)
+class Window:
+    """The tokens of some blocks in block order, and the order in which batches take them."""
+
+    number: int
+    order: Int64[Tensor, " tokens"]
+    batch: Batch
+
+
 def permutation(n: int, seed: int, epoch: int, part: int) -> NDArray[np.int64]:
     """A permutation of range(n) from a counter-based generator: part 0 orders blocks, part w + 1 window w.
 
@@ -109,7 +135,7 @@ def permutation(n: int, seed: int, epoch: int, part: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable")
 
 
-def select_tokens(activations: Activations, index: torch.Tensor) -> Activations:
+def select_tokens(activations: Activations, index: Int64[Tensor, " tokens"]) -> Activations:
     index = index.to(activations.source.device)
     return Activations(activations.source[index], activations.target[index])
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from sweep.activations import Batch, Blocks
+from sweep.activations import Batch, Read
 from sweep.config import Data, Model, Site
 from sweep.language_model import Activations, LanguageModel
 from sweep.paths import CacheFolder, write_atomic
@@ -27,7 +27,6 @@ from sweep.tokens import ROWS_PER_BLOCK, TokenFile
 __all__ = ["CachedBlocks", "HarvestedBlocks", "cache_bytes", "cache_fits"]
 
 BLOCKS_VERSION = 1
-SPLITS = ("train", "calibration", "heldout")
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class HarvestedBlocks:
 
     def __init__(self, tokens: TokenFile, load: Callable[[], LanguageModel], report: Report) -> None:
         self.tokens = tokens
-        self.n_harvested = 0
+        self.n_expected = 0
         self._load = load
         self._report = report
         self._language_model: LanguageModel | None = None
@@ -55,9 +54,12 @@ class HarvestedBlocks:
             self._language_model = self._load()
         rows = self._rows(split)[block * ROWS_PER_BLOCK : (block + 1) * ROWS_PER_BLOCK]
         batch = self._language_model.harvest(torch.from_numpy(rows.astype("int64")), sites)
-        self.n_harvested += rows.size
-        self._report("language model", self.n_harvested, 0, "tokens")
+        self._report("language model", self.n_tokens_seen, max(self.n_expected, self.n_tokens_seen), "tokens")
         return batch
+
+    def n_missing(self, reads: Iterable[Read], sites: Collection[Site]) -> int:
+        """Tokens the language model must see for these reads."""
+        return sum(ROWS_PER_BLOCK for _ in reads) * self.tokens.train.shape[1]
 
     def _rows(self, split: str) -> NDArray:  # type: ignore[type-arg]
         return getattr(self.tokens, split)  # type: ignore[no-any-return]
@@ -66,7 +68,7 @@ class HarvestedBlocks:
 class CachedBlocks:
     """Blocks kept on disk after their first harvest."""
 
-    def __init__(self, blocks: Blocks, folder: Path, device: str) -> None:
+    def __init__(self, blocks: HarvestedBlocks, folder: Path, device: str) -> None:
         self._blocks = blocks
         self._folder = folder
         self._device = device
@@ -97,6 +99,11 @@ class CachedBlocks:
                 self._save(self._path(split, block, site), harvested[site])
             found |= harvested
         return {site: activations for site, activations in found.items() if activations is not None}
+
+    def n_missing(self, reads: Iterable[Read], sites: Collection[Site]) -> int:
+        """Tokens the language model must see for these reads: each block once, and none that is on disk."""
+        new = {read for read in reads if not all(self._path(*read, site).exists() for site in sites)}
+        return self._blocks.n_missing(new, sites)
 
     def _path(self, split: str, block: int, site: Site) -> Path:
         name = hashlib.sha256(json.dumps(asdict(site), sort_keys=True).encode()).hexdigest()[:10]

@@ -1,38 +1,35 @@
 """An experiment is a value: the slices of a cell, their invariants and the cell's identity.
 
-A user types flat options (`dict_size=`, `lr=`, ...; values in `conf/`). `Cell.from_options` resolves what is
-relative (`warmup_fraction` of the steps, `group_fractions` of the width) and checks everything once. What is
-left is a frozen `Cell`, and `cell_id` is a hash of it: folders, duplicates, resume and skip-done all follow.
+`options.py` makes a `Cell` from what a user typed. It is frozen and fully resolved, and `cell_id` is a hash of it:
+folders, duplicates, resume and skip-done all follow.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
-
-from sweep.errors import ConfigError
-from sweep.revisions import data_facts, model_facts
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 __all__ = [
-    "ABSOLUTE",
     "HOOKS",
+    "SCHEMA_VERSION",
     "SLICES",
     "Capacity",
     "Cell",
     "Data",
     "Model",
-    "Relative",
     "Revival",
     "Schedule",
     "Site",
     "StreamConfig",
-    "Workflow",
-    "option_fields",
-    "options_schema",
-    "slice_hints",
+    "as_json",
+    "at_least",
+    "cell_from_json",
+    "frozen",
+    "option",
 ]
 
 SCHEMA_VERSION = 1
@@ -45,17 +42,6 @@ HOOKS = {
     "mlp_out": "blocks.{layer}.hook_mlp_out",
 }
 """Hooks by meaning, and the TransformerLens activation each one is."""
-
-ABSOLUTE = {
-    "groups": "group_fractions",
-    "warmup_steps": "warmup_fraction",
-    "min_lr": "min_lr_fraction",
-    "steps": "epochs",
-}
-"""Absolute keys and the relative ones they win over when both are given."""
-
-LOOKED_UP = ("model_revision", "n_layers", "d_in", "d_out", "n_body_params", "dataset_revision")
-"""Keys that may be left null because they can be read off a folder, a file or the installed packages."""
 
 
 def option(doc: str, *, identity: bool = True) -> Any:
@@ -70,15 +56,21 @@ class Capacity:
     dict_size: int = option("number of latents")
     top_k: int = option("active latents asked for, per token on average")
     activation: Literal["batch_top_k", "top_k"] = option(
-        "batch_top_k: the top_k * batch_size largest of a batch, by one threshold at inference; top_k: the largest of each token"
+        "batch_top_k: the top_k * batch_size largest of a batch, one threshold at inference; "
+        "top_k: the largest of each token"
     )
     groups: tuple[int, ...] = option("nested (Matryoshka) prefixes as cumulative ends; the last is dict_size")
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The latents each nested prefix adds to the one before, as (start, end)."""
+        return list(pairwise((0, *self.groups)))
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, dict_size=self.dict_size, top_k=self.top_k)
         if self.top_k > self.dict_size >= 1:
             yield f"top_k={self.top_k} exceeds dict_size={self.dict_size}; choose at most {self.dict_size}"
-        increasing = all(a < b for a, b in zip((0, *self.groups), self.groups))
+        increasing = all(start < end for start, end in self.spans)
         if not self.groups or not increasing or self.groups[-1] != self.dict_size:
             yield (
                 f"groups={list(self.groups)} must increase from at least 1 and end at dict_size={self.dict_size}; "
@@ -101,7 +93,9 @@ class Schedule:
     betas: tuple[float, ...] = option("Adam's two decay rates")
 
     def problems(self) -> Iterator[str]:
-        yield from at_least(1, steps=self.steps, batch_size=self.batch_size)
+        yield from at_least(1, batch_size=self.batch_size)
+        if self.steps < 1:
+            yield f"steps={self.steps} must be at least 1; where not given it is n_tokens * epochs // batch_size"
         yield from at_least(0, warmup_steps=self.warmup_steps, min_lr=self.min_lr)
         if not 0 < self.lr < math.inf:
             yield f"lr={self.lr} must be a positive number"
@@ -137,7 +131,7 @@ class Model:
     model_repo: str = option("the package, or the repository on the hub; empty for tiny and directories")
     model_revision: str = option("commit, file hash or version of the weights")
     model_dtype: Literal["float32", "bfloat16"] = option("precision the language model runs in")
-    model_path: Optional[str] = option("a directory with config.json, safetensors and tokenizer", identity=False)
+    model_path: str | None = option("a directory with config.json, safetensors and tokenizer", identity=False)
     n_layers: int = option("layers of the language model", identity=False)
     d_in: int = option("width of hook_in", identity=False)
     d_out: int = option("width of hook_out", identity=False)
@@ -194,8 +188,8 @@ class Data:
     dataset: str = option("name of the text: docstrings, a local file's name, or a dataset on the hub")
     dataset_format: Literal["docstrings", "file", "hub"] = option("where the text comes from")
     dataset_revision: str = option("commit, file hash or package versions of the text")
-    dataset_path: Optional[str] = option("a local .txt, .jsonl or .parquet file", identity=False)
-    dataset_subset: Optional[str] = option("configuration of a hub dataset")
+    dataset_path: str | None = option("a local .txt, .jsonl or .parquet file", identity=False)
+    dataset_subset: str | None = option("configuration of a hub dataset")
     dataset_split: str = option("split of a hub dataset")
     text_column: str = option("column that holds the text (jsonl, parquet, hub)")
     seq_len: int = option("tokens of a row, BOS included")
@@ -214,59 +208,6 @@ class Data:
             n_heldout_tokens=self.n_heldout_tokens,
         )
         yield from at_least(0, data_seed=self.data_seed)
-
-
-@dataclass(frozen=True)
-class Relative:
-    """Values that fit any length and width; the cell resolves them, and the absolute key wins where given."""
-
-    group_fractions: tuple[float, ...] = option("groups as fractions of dict_size")
-    warmup_fraction: float = option("warmup_steps as a fraction of steps")
-    min_lr_fraction: float = option("min_lr as a fraction of lr")
-    epochs: float = option("passes over the n_tokens of the stream")
-
-    def problems(self) -> Iterator[str]:
-        for key in ("warmup_fraction", "min_lr_fraction"):
-            if not 0 <= (value := getattr(self, key)) <= 1:
-                yield f"{key}={value} must be between 0 and 1"
-        if not 0 < self.epochs < math.inf:
-            yield f"epochs={self.epochs} must be a positive number"
-        if not self.group_fractions or not all(0 < fraction <= 1 for fraction in self.group_fractions):
-            yield f"group_fractions={list(self.group_fractions)} must lie between 0 and 1, such as [0.25,0.5,1]"
-
-
-@dataclass(frozen=True)
-class Workflow:
-    """How the sweep is run, not what it computes: outside every identity, the same for all cells."""
-
-    results_dir: str = option("folder of rows, curves and cells")
-    cache_dir: str = option("folder of models, tokens and activations; each can be rebuilt")
-    cache_gib: float = option("largest activation cache; a stream that needs more is harvested anew each epoch")
-    dry_run: bool = option("print the plan and its cost, and stop")
-    checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
-    keep_checkpoints: bool = option("keep the checkpoints of finished cells")
-    device: str = option("auto, cpu, cuda or cuda:<n>")
-
-    def problems(self) -> Iterator[str]:
-        yield from at_least(0, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib)
-        device, _, index = self.device.partition(":")
-        if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
-            yield f"device={self.device} is not a device; choose auto, cpu, cuda or cuda:<n>"
-        for key in ("results_dir", "cache_dir"):
-            if not getattr(self, key):
-                yield f"{key} is empty; name a folder"
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "Workflow":
-        """The workflow slice of flat options.
-
-        Raises:
-            ConfigError: a value is out of range.
-        """
-        workflow = cls(**{f.name: options[f.name] for f in fields(cls)})
-        if problems := tuple(workflow.problems()):
-            raise ConfigError(*problems)
-        return workflow
 
 
 @dataclass(frozen=True)
@@ -300,9 +241,7 @@ class Cell:
         for name in SLICES:
             part = getattr(self, name)
             values |= {
-                f.name: getattr(part, f.name)
-                for f in fields(part)
-                if f.metadata["identity"] or not identity_only
+                f.name: getattr(part, f.name) for f in fields(part) if f.metadata["identity"] or not identity_only
             }
         return {**values, "seed": self.seed}
 
@@ -319,34 +258,15 @@ class Cell:
         width = self.capacity.dict_size
         return width * (self.model.d_in + self.model.d_out + 1) + self.model.d_out
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "Cell":
-        """Resolve and check flat options; absolute keys win over relative ones.
-
-        Raises:
-            ConfigError: with every problem of this cell, not only the first.
-        """
-        relative = Relative(**{f.name: _frozen(options[f.name]) for f in fields(Relative)})
-        if problems := tuple(relative.problems()):
-            raise ConfigError(*problems)
-        values = dict(options) | model_facts(options) | data_facts(options)
-        values["hook_in"] = canonical_hook(values["hook_in"], values["layer"])
-        values["hook_out"] = canonical_hook(values["hook_out"], values["layer"])
-        absolute(values, relative)
-        slices = {
-            name: kind(**{f.name: _frozen(values[f.name]) for f in fields(kind)}) for name, kind in SLICES.items()
-        }
-        cell = cls(**slices, seed=values["seed"])
-        if problems := tuple(cell.problems()):
-            raise ConfigError(*problems)
-        return cell
-
     def problems(self) -> Iterator[str]:
         for part in (self.capacity, self.schedule, self.revival, self.model, self.data):
             yield from part.problems()
         yield from self.site.problems(self.model)
-        for part in SLICES:
-            yield from not_a_choice(getattr(self, part))
+        for name in SLICES:
+            yield from not_a_choice(getattr(self, name))
+        for key, value in self.flat().items():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                yield f"{key}={value} is too large; the largest number is {2**63 - 1}"
         yield from at_least(0, seed=self.seed)
 
 
@@ -358,24 +278,6 @@ SLICES: dict[str, type] = {
     "site": Site,
     "data": Data,
 }
-
-
-def absolute(values: dict[str, Any], relative: Relative) -> None:
-    """Fill in place each absolute key that was left null from its relative one."""
-    width, batch_size = values["dict_size"], max(values["batch_size"], 1)
-    if values["groups"] is None:
-        values["groups"] = tuple(round(fraction * width) for fraction in relative.group_fractions)
-    if values["steps"] is None:
-        values["steps"] = int(values["n_tokens"] * relative.epochs) // batch_size
-    if values["warmup_steps"] is None:
-        values["warmup_steps"] = round(relative.warmup_fraction * max(values["steps"], 0))
-    if values["min_lr"] is None:
-        values["min_lr"] = relative.min_lr_fraction * values["lr"]
-
-
-def canonical_hook(hook: str, layer: int) -> str:
-    """The meaning of a full name where it has one, so that both spellings are one cell."""
-    return next((meaning for meaning, name in HOOKS.items() if name.format(layer=layer) == hook), hook)
 
 
 def is_full_hook_name(hook: str) -> bool:
@@ -391,42 +293,13 @@ def at_least(bound: float, **values: float) -> Iterator[str]:
 
 def not_a_choice(part: object) -> Iterator[str]:
     """Problems of fields whose type is a Literal; Hydra knows only that they are strings."""
-    for name, hint in slice_hints(type(part)).items():
+    for name, hint in get_type_hints(type(part)).items():
         if get_origin(hint) is Literal and (value := getattr(part, name)) not in get_args(hint):
             yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
 
 
-def slice_hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def option_fields() -> Iterator[tuple[type, str, Any, Mapping[str, Any]]]:
-    """Every option as (slice, name, type, metadata), in the order of the slices."""
-    for kind in (*SLICES.values(), Relative, Workflow):
-        hints = slice_hints(kind)
-        for f in fields(kind):
-            yield kind, f.name, hints[f.name], f.metadata
-    yield Cell, "seed", int, next(f for f in fields(Cell) if f.name == "seed").metadata
-
-
-def options_schema() -> type:
-    """The flat dataclass Hydra checks names and types against, made from the slices."""
-    members: list[Any] = []
-    for _, name, hint, _ in option_fields():
-        kind = _hydra_type(hint)
-        members.append((name, Optional[kind] if name in ABSOLUTE or name in LOOKED_UP else kind, field()))
-    return make_dataclass("Options", members)
-
-
-def _hydra_type(hint: Any) -> Any:
-    if get_origin(hint) is Literal:
-        return str
-    if get_origin(hint) is tuple:
-        return list[get_args(hint)[0]]  # type: ignore[misc]
-    return hint
-
-
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """Lists, as configs and JSON have them, become tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -438,5 +311,5 @@ def as_json(cell: Cell) -> str:
 def cell_from_json(text: str) -> Cell:
     """The cell that `as_json` wrote; nothing is resolved again."""
     stored = json.loads(text)
-    slices = {name: kind(**{k: _frozen(v) for k, v in stored[name].items()}) for name, kind in SLICES.items()}
+    slices = {name: kind(**{k: frozen(v) for k, v in stored[name].items()}) for name, kind in SLICES.items()}
     return Cell(**slices, seed=stored["seed"])

@@ -7,6 +7,8 @@ SweepError
 ├── DataError            text that is empty, too short or changed under our feet
 ├── ModelError           a language model that cannot be loaded, or lacks the hook or layer
 └── Diverged             the training loss of a cell stopped being a number
+
+Interrupted              not an error: somebody asked the job to stop, and it has saved its cells
 """
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Diverged",
+    "Interrupted",
     "ModelError",
     "ResultsError",
     "SweepError",
@@ -50,3 +53,7 @@ class ModelError(SweepError):
 
 class Diverged(SweepError):
     """The training loss of a cell is no longer finite."""
+
+
+class Interrupted(BaseException):
+    """Somebody asked the job to stop. Like KeyboardInterrupt it passes every `except Exception`."""

@@ -9,7 +9,7 @@ Nothing is changed by being looked at, and what one transcoder scores does not d
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sweep.config import Site
 from sweep.errors import DataError
+from sweep.language_model import Activations
 from sweep.metrics import (
     DecoderSimilarity,
     Deviations,
@@ -33,28 +34,19 @@ from sweep.progress import Report, silent
 __all__ = ["Evaluation", "Predictor", "evaluate"]
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """What evaluation needs of a transcoder; a trivial predictor will do."""
 
     @property
-    def W_enc(self) -> Float[Tensor, "d_in dict_size"]: ...
+    def W_enc(self) -> Float[Tensor, "d_in dict_size"]: ...  # noqa: N802
 
     @property
-    def W_dec(self) -> Float[Tensor, "dict_size d_out"]: ...
+    def W_dec(self) -> Float[Tensor, "dict_size d_out"]: ...  # noqa: N802
 
     def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]: ...
 
     def decode(self, latents: Float[Tensor, "n dict_size"]) -> Float[Tensor, "n d_out"]: ...
-
-
-class SiteActivations(Protocol):
-    """Source and target of the tokens of a block, sequence after sequence."""
-
-    @property
-    def source(self) -> Float[Tensor, "n d_in"]: ...
-
-    @property
-    def target(self) -> Float[Tensor, "n d_out"]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     predictors: Mapping[str, tuple[Site, Predictor]],
-    heldout: Iterable[Mapping[Site, SiteActivations]],
+    heldout: Iterable[Mapping[Site, Activations]],
     seq_tokens: int,
     report: Report = silent,
     n_tokens: int = 0,
@@ -99,7 +91,7 @@ def evaluate(
     if not n_done:
         raise DataError("the held-out split has no row; raise n_heldout_tokens= or give more text")
     deviations = {site: moment.deviations() for site, moment in moments.items()}
-    evaluations = {}
+    evaluations: dict[str, Evaluation] = {}
     for name, score in scores.items():
         report("compare decoder rows", len(evaluations), len(scores), "transcoders")
         evaluations[name] = score.evaluation(deviations[score.site], seq_tokens)
@@ -116,7 +108,7 @@ class Score:
         self.reconstruction = Reconstruction()
         self.activity = LatentActivity(self.dict_size, predictor.W_enc.device)
 
-    def update(self, activations: SiteActivations) -> None:
+    def update(self, activations: Activations) -> None:
         """Add a block, a chunk of tokens at a time, so that the latents of a chunk stay small."""
         source, target = activations.source, activations.target
         for chunk in pieces(len(source), 4 * self.dict_size):

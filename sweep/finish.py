@@ -34,9 +34,7 @@ def finish(state: TrainState, cell: Cell, calibration: Iterable[Activations], n_
     return fold(state.params, cell.capacity, state.source_scale, state.target_scale, threshold)
 
 
-def fit_threshold(
-    params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]], n_tokens: int, top_k: int
-) -> float:
+def fit_threshold(params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]], n_tokens: int, top_k: int) -> float:
     """The value that exactly `top_k * n_tokens` positive pre-latents exceed (fewer where values tie); at least 0.
 
     Exact and streaming: what is below the largest `top_k * n_tokens + 1` values seen so far can never be the

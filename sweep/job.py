@@ -25,14 +25,15 @@ from typing import Any
 import torch
 
 from sweep import checkpoint
-from sweep.activations import ActivationStream
+from sweep.activations import ActivationStream, Batch
 from sweep.blocks import CachedBlocks, HarvestedBlocks, cache_bytes, cache_fits
-from sweep.config import SCHEMA_VERSION, Cell, Workflow, cell_from_json
-from sweep.errors import Diverged, SweepError
+from sweep.config import SCHEMA_VERSION, Cell, cell_from_json
+from sweep.errors import Diverged, Interrupted, SweepError
 from sweep.evaluate import Evaluation, evaluate
 from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.options import Workflow
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder, try_lock, write_atomic, write_json
 from sweep.progress import Report
 from sweep.provenance import git_state, package_versions
@@ -44,15 +45,11 @@ from sweep.tokens import TokenFile, prepare_tokens, row_counts
 from sweep.train import Run, train
 from sweep.transcoder import Transcoder, save_transcoder
 
-__all__ = ["Interrupted", "run_gang"]
+__all__ = ["run_gang"]
 
 HEARTBEAT_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
-
-
-class Interrupted(BaseException):
-    """Somebody asked the job to stop; every cell has been saved at its last finished step."""
 
 
 @dataclass
@@ -66,6 +63,11 @@ class Member:
     transcoder: Transcoder | None = None
     evaluation: Evaluation | None = None
     last_beat: float = 0.0
+
+    @property
+    def log(self) -> "logging.LoggerAdapter[logging.Logger]":
+        """Speaks in this cell's log only."""
+        return logging.LoggerAdapter(log, {"cell_id": self.cell.cell_id})
 
     def set_status(self, **values: Any) -> None:
         self.status = self.status.changed(**values)
@@ -99,16 +101,15 @@ class Gang:
             self.attempt(member, lambda member=member: action(member))  # type: ignore[misc]
 
     def fail(self, member: Member, error: Exception) -> None:
-        log.error("cell %s: %s: %s", member.cell.cell_id, type(error).__name__, error)
-        if not isinstance(error, SweepError):
-            log.debug("%s", "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        member.log.info("failed: %s", error if isinstance(error, SweepError) else trace)
         member.set_status(
             state="diverged" if isinstance(error, Diverged) else "failed",
             failures=member.status.failures + 1,
             error={
                 "class": type(error).__name__,
                 "message": str(error),
-                "traceback": "".join(traceback.format_exception(error)),
+                "traceback": trace,
             },
         )
         self.members.remove(member)
@@ -155,7 +156,7 @@ def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: 
 
         try:
             work(gang, results, workflow, tick)
-        except (Interrupted, KeyboardInterrupt):
+        except Interrupted:  # raised between steps, so every state is whole
             for member in gang.members:
                 if member.run:
                     member.run.checkpoint()
@@ -174,7 +175,7 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
             continue
         stack.enter_context(lock)
-        stack.enter_context(logging_to(folder.log))
+        stack.enter_context(logging_to(folder.log, cell_id))
         status = read_status(folder)
         member = Member(cell_from_json(folder.config.read_text(encoding="utf-8")), folder, status)
         member.set_status(
@@ -189,9 +190,10 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
 
 
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Append everything the package logs to a file."""
+def logging_to(path: Path, cell_id: str) -> Iterator[None]:
+    """Append what the package logs to a file, but for what speaks of another cell."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.addFilter(lambda record: getattr(record, "cell_id", cell_id) == cell_id)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("sweep")
     logger.addHandler(handler)
@@ -245,6 +247,7 @@ def prepare(cells: Sequence[Cell], workflow: Workflow, report: Report) -> Workpl
         log.info("activations (%.1f GiB) are not cached; cache_gib=%g", n_bytes / 2**30, workflow.cache_gib)
         blocks = harvested
     stream = ActivationStream(config, blocks, sites)
+    harvested.n_expected = blocks.n_missing(stream.reads(max(cell.schedule.steps for cell in cells)), sites)
     return Workplace(stream, harvested, tokens, model_hash, device, started, len(cells))
 
 
@@ -261,9 +264,9 @@ def start(member: Member, place: Workplace, workflow: Workflow) -> None:
     cell = member.cell
     state = checkpoint.load_latest(member.folder, cell, place.tokens.hash, place.device)
     if state is None:
-        window = place.stream.window(0)[cell.site]
+        window = place.stream.first_window()[cell.site]
         state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
-    log.info("cell %s starts at step %d of %d", cell.cell_id, state.step, cell.schedule.steps)
+    member.log.info("start at step %d of %d", state.step, cell.schedule.steps)
     member.run = Run(
         cell,
         state,
@@ -297,7 +300,14 @@ def evaluate_all(gang: Gang, place: Workplace, report: Report) -> None:
     if not predictors:
         return
     seq_tokens = place.stream.config.data.seq_len - 1
-    evaluations = evaluate(predictors, place.stream.split("heldout"), seq_tokens)
+    n_blocks = place.stream.blocks.count("heldout")
+
+    def heldout() -> Iterator[Batch]:
+        for done, block in enumerate(place.stream.split("heldout"), 1):
+            yield block
+            report("evaluate", done, n_blocks, "blocks")
+
+    evaluations = evaluate(predictors, heldout(), seq_tokens)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
 
@@ -328,14 +338,14 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
         },
     )
     member.set_status(state="done", step=run.state.step)
-    log.info("cell %s is done: fvu %.4f at l0 %.2f", cell.cell_id, row["fvu"], row["l0"])
+    member.log.info("done: fvu %.4f at l0 %.2f", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
 
 
 def groups(cell: Cell) -> Iterator[int]:
     """For each latent, the innermost prefix that holds it."""
-    for group, (begin, end) in enumerate(zip((0, *cell.capacity.groups), cell.capacity.groups)):
+    for group, (begin, end) in enumerate(cell.capacity.spans):
         yield from (group for _ in range(begin, end))
 
 

@@ -10,6 +10,7 @@ Undefined is None, everywhere: a ratio over targets that never vary, pairs of a 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +45,7 @@ def pieces(n_rows: int, row_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
+def ratio(numerator: float | int, denominator: float | int) -> float | None:
     return numerator / denominator if denominator > 0 else None
 
 
@@ -80,7 +81,7 @@ class TargetMoments:
 
     def update(self, target: Float[Tensor, "n d_out"]) -> None:
         """Add whole sequences: n is a multiple of `seq_tokens`."""
-        rows = target.view(-1, self.seq_tokens, target.shape[1])
+        rows = target.unflatten(0, (-1, self.seq_tokens))
         if self._origin is None:
             self._origin = rows[0, 0].double()
         within_dimension = torch.zeros_like(self._origin)
@@ -257,7 +258,7 @@ class DecoderSimilarity:
             "mean_max_decoder_cosine": mean_max,
         }
 
-    def columns(self) -> dict[str, list[int | None] | list[float | None]]:
+    def columns(self) -> dict[str, list[Any]]:
         """Per latent: the most similar other latent, and the cosine of the two."""
         if self.nearest is None or self.nearest_cosine is None:
             return {"nearest_latent": [None], "nearest_cosine": [None]}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from sweep.config import SLICES, Cell, option_fields
+from sweep.config import SLICES, Cell
+from sweep.options import option_fields
 from sweep.paths import ResultsFolder, write_atomic
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ METRICS = (
     Column("l0_std", "float64", "active latents per token, standard deviation"),
     Column("dead_fraction", "float64", "latents that fire on no held-out token"),
     *(
-        Column(f"dead_fraction_{n}_tokens", "float64", f"latents silent on the first {n:,} held-out tokens; null if fewer")
+        Column(
+            f"dead_fraction_{n}_tokens", "float64", f"latents silent on the first {n:,} held-out tokens; null if fewer"
+        )
         for n in DEAD_AT_TOKENS
     ),
     Column("dead_fraction_training", "float64", "latents dead by the training counter at the last step"),
@@ -96,7 +99,9 @@ RUNS = (
     Column("gang_size", "int64", "cells that trained on the same pass", True),
     Column("attempts", "int64", "runs it took to finish the cell", True),
     Column("seconds", "float64", "wall time of the last attempt, shared by the gang", True),
-    Column("training_tokens_per_second", "float64", "training tokens of the gang's pace, language model included", True),
+    Column(
+        "training_tokens_per_second", "float64", "training tokens of the gang's pace, language model included", True
+    ),
     Column("host", "string", "machine", True),
     Column("device", "string", "device it trained on", True),
     Column("n_threads", "int64", "CPU threads of torch", True),

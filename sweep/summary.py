@@ -17,7 +17,7 @@ SHOWN = (
 )
 
 
-def verdict(metric: str, value: float) -> str:
+def verdict(metric: str, value: float | int) -> str:
     """A word for a value; empty for metrics that have no scale of their own."""
     match metric:
         case "fvu":

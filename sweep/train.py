@@ -41,9 +41,7 @@ class Run:
             Diverged: the loss is not finite.
         """
         step = self.state.step
-        report = train_step_(
-            self.state, *activations, self.cell.capacity, self.cell.schedule, self.cell.revival
-        )
+        report = train_step_(self.state, *activations, self.cell.capacity, self.cell.schedule, self.cell.revival)
         if not math.isfinite(float(report.loss.total)):
             raise Diverged(f"the loss of step {step} is {float(report.loss.total)}; try a lower lr than {report.lr:g}")
         self._log(step, report)

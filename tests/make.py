@@ -3,6 +3,7 @@
 from typing import Any
 
 from sweep.config import Cell, Model, Site
+from sweep.options import cell_from_options
 
 __all__ = ["TINY", "make_cell", "make_options", "make_site"]
 
@@ -73,7 +74,7 @@ def make_options(**overrides: Any) -> dict[str, Any]:
 
 def make_cell(**overrides: Any) -> Cell:
     """A small cell on the tiny model, resolved and checked as a user's would be."""
-    return Cell.from_options(make_options(**overrides))
+    return cell_from_options(make_options(**overrides))
 
 
 def make_site(layer: int = 1, hook_in: str = "norm_out", hook_out: str = "mlp_out") -> Site:

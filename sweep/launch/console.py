@@ -21,6 +21,7 @@ from rich.table import Table
 
 from sweep.launch.cost import Cost
 from sweep.launch.plan import Plan, Planned
+from sweep.paths import ResultsFolder
 from sweep.progress import Report
 
 __all__ = ["out", "problem", "progress", "show_cost", "show_failures", "show_plan", "show_results"]
@@ -96,10 +97,11 @@ def sort_key(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
-def show_failures(failures: Sequence[tuple[str, str, str]]) -> None:
-    """Cells that did not end well: id, error, where to read more."""
-    for cell_id, message, log in failures:
-        problem(f"cell {cell_id}: {message}\n    more in {log}")
+def show_failures(failures: Mapping[str, Sequence[str]], results: ResultsFolder) -> None:
+    """Each reason once, with the cells it stopped and where to read more."""
+    for reason, cell_ids in failures.items():
+        cells = f"cell {cell_ids[0]}" if len(cell_ids) == 1 else f"{len(cell_ids)} cells ({', '.join(cell_ids)})"
+        problem(f"{cells} {reason}\n    more in {results.cell(cell_ids[0]).log}")
 
 
 def readable(value: Any) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sweep.config import ABSOLUTE, Cell, Relative, option_fields
+from sweep.config import Cell
+from sweep.options import ABSOLUTE, Relative, option_fields
 
 __all__ = ["help_text"]
 

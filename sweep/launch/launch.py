@@ -12,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sweep.config import Cell, Workflow, as_json
-from sweep.errors import SweepError
+from sweep.config import Cell, as_json
+from sweep.errors import Interrupted, SweepError
 from sweep.launch import console
 from sweep.launch.cost import gang_cost, machine_flops
 from sweep.launch.plan import Job, Plan, make_plan, resolve
+from sweep.options import Workflow
 from sweep.paths import ResultsFolder, write_atomic, write_json
 from sweep.progress import Report
 from sweep.provenance import git_state
@@ -74,19 +75,12 @@ def execute(plan: Plan, results: ResultsFolder, run: RunGang) -> int:
     return tell(plan, results)
 
 
-class Interrupted(Exception):
-    """The sweep was asked to stop and has saved its cells."""
-
-
 def run_inline(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: Callable[[], bool]) -> None:
     """Backend `inline`: in this process."""
     report("start", 0, 0, "")
     from sweep import job
 
-    try:
-        job.run_gang(cell_ids, workflow, report, stop)
-    except job.Interrupted as error:
-        raise Interrupted from error
+    job.run_gang(cell_ids, workflow, report, stop)
 
 
 BACKENDS: dict[str, RunGang] = {"inline": run_inline}
@@ -142,7 +136,8 @@ def freeze(cell: Cell, results: ResultsFolder) -> None:
 
 def tell(plan: Plan, results: ResultsFolder) -> int:
     """Show results and failures; the exit code says whether every cell is done."""
-    metrics, failures = {}, []
+    metrics: dict[str, dict[str, Any]] = {}
+    failures: dict[str, list[str]] = {}
     for planned in plan.unique:
         cell_id = planned.cell.cell_id
         folder = results.cell(cell_id)
@@ -151,9 +146,9 @@ def tell(plan: Plan, results: ResultsFolder) -> int:
             continue
         status = read_status(folder)
         message = status.error.get("message") or f"is {status.state}"
-        failures.append((cell_id, f"{status.state}: {message}", str(folder.log)))
+        failures.setdefault(f"{status.state}: {message}", []).append(cell_id)
     console.show_results(plan.unique, metrics)
-    console.show_failures(failures)
+    console.show_failures(failures, results)
     if metrics:
         console.out.print(f"ranked against baselines: python -m analysis rank {plan.workflow.results_dir}")
     return FAILED if failures else DONE

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from sweep.config import Cell, StreamConfig, Workflow
+from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
-from sweep.paths import ResultsFolder, try_lock
+from sweep.options import Workflow, cell_from_options, workflow_from_options
+from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.status import read_status
 
 __all__ = ["Job", "Plan", "Planned", "make_plan", "resolve"]
@@ -63,14 +65,14 @@ def resolve(jobs: Sequence[Job]) -> tuple[Workflow, list[tuple[tuple[str, ...], 
         try:
             if isinstance(options, str):
                 raise ConfigError(options)
-            cells.append((tuple(overrides), Cell.from_options(options)))
+            cells.append((tuple(overrides), cell_from_options(options)))
         except ConfigError as error:
             problems += [(problem, " ".join(overrides)) for problem in error.problems]
     complete = [options for _, options in jobs if isinstance(options, dict)]
     workflow = None
     try:
         problems += [(problem, "") for problem in _swept_workflow_keys(complete)]
-        workflow = Workflow.from_options(complete[0]) if complete else None
+        workflow = workflow_from_options(complete[0]) if complete else None
     except ConfigError as error:
         problems += [(problem, "") for problem in error.problems]
     if problems or workflow is None:
@@ -115,24 +117,33 @@ def make_plan(workflow: Workflow, cells: Sequence[tuple[tuple[str, ...], Cell]],
 
 def look_up(cell: Cell, results: ResultsFolder) -> tuple[Action, str]:
     """What the results folder says about a cell."""
-    row = results.row("runs", cell.cell_id)
-    if row.exists():
-        content = row.read_bytes()
-        if content.startswith(b"PAR1") and content.endswith(b"PAR1"):
-            return "done", "its row is there"
-        return "retry", f"its row {row} is damaged"
-    folder = results.cell(cell.cell_id)
-    if not folder.root.exists():
-        return "new", ""
-    if folder.lock.exists():
-        lock = try_lock(folder.lock)
-        if lock is None:
-            return "running", f"process {read_status(folder).pid} is at it"
-        lock.close()
+    row, folder = results.row("runs", cell.cell_id), results.cell(cell.cell_id)
     status = read_status(folder)
     checkpoints = folder.checkpoint_steps()
+    if row.exists():
+        return ("done", "its row is there") if is_whole(row) else ("retry", f"its row {row} is damaged")
+    if is_locked(folder):
+        return "running", f"process {status.pid} is at it"
     if status.state in ("failed", "diverged"):
-        return "retry", f"{status.state} {status.failures} times: {status.error.get('message', '')}".splitlines()[0]
+        message = status.error.get("message", "").partition("\n")[0]
+        return "retry", f"{status.state} before ({status.failures}): {message}"
     if checkpoints:
         return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
-    return "new", "started before, no checkpoint" if status.attempts else ""
+    return "new", "started before, without a checkpoint" if status.attempts else ""
+
+
+def is_whole(parquet: Path) -> bool:
+    """Whether a Parquet file begins and ends as one: a cheap look that finds truncation."""
+    content = parquet.read_bytes()
+    return len(content) > 8 and content.startswith(b"PAR1") and content.endswith(b"PAR1")
+
+
+def is_locked(folder: CellFolder) -> bool:
+    """Whether a living process on this machine works on the cell."""
+    if not folder.lock.exists():
+        return False
+    lock = try_lock(folder.lock)
+    if lock is None:
+        return True
+    lock.close()
+    return False

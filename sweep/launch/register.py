@@ -6,8 +6,8 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from sweep.config import options_schema
 from sweep.launch.help import help_text
+from sweep.options import options_schema
 
 __all__ = ["register"]
 

@@ -45,7 +45,7 @@ def transcoder_loss(
     latents = select(pre, capacity)
     reconstruction = params.b_dec.expand_as(target)
     prefixes = []
-    for start, end in zip((0, *capacity.groups), capacity.groups):
+    for start, end in capacity.spans:
         reconstruction = reconstruction + latents[:, start:end] @ params.W_dec[start:end]
         prefixes.append((reconstruction - target).square().mean())
     total = torch.stack(prefixes).mean()

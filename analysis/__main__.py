@@ -1,0 +1,193 @@
+"""The command line of the analysis: `python -m analysis rank|query|schema`. Heavy imports wait for a command."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sweep.errors import SweepError
+
+if TYPE_CHECKING:
+    from analysis.load import Loaded
+
+app = typer.Typer(
+    help="Rank and query the results of sweeps. Reads Parquet only; data goes to stdout, remarks to stderr.",
+    epilog="Exit codes: 0 done (also for a folder without results yet), 2 a request that cannot be answered.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="A list of records on stdout, full precision, NaN as null.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on stdout, full precision.")]
+
+
+@app.command(name="rank")
+def rank_command(
+    results: Annotated[Path, typer.Argument(help="The results_dir of a sweep.")] = Path("results"),
+    where: Annotated[str | None, typer.Option(help="Only runs that satisfy this SQL condition.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Show the best N runs of each group.")] = None,
+    json: AsJson = False,
+    csv: AsCsv = False,
+) -> None:
+    """Cells of the same model, layer, target and held-out rows, best FVU first.
+
+    A * marks the Pareto front of L0 and FVU among the runs chosen. Published baselines of the same model,
+    layer and target stand in the same table.
+
+    \b
+    Examples:
+      python -m analysis rank results
+      python -m analysis rank results --where "dict_size = 4608 and lr < 0.01" --top 5
+      python -m analysis rank results --json | jq '.[] | select(.pareto) | .cell_id'
+    """
+    with refusals():
+        one_format(json, csv)
+        from analysis import query, show
+        from analysis.load import load_table
+        from analysis.rank import FIELDS, rank, records
+        from analysis.rank_table import rank_text
+
+        loaded = load_table(results, "runs")
+        remark(loaded.warnings)
+        runs = loaded.frame if where is None else query.where(loaded.frame, where)
+        groups = rank(runs.collect())
+        if not groups:
+            remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
+        found = records(groups, top)
+        if json:
+            show.write(show.as_json(found))
+        elif csv:
+            show.write(show.as_csv(FIELDS, (list(record.values()) for record in found)))
+        else:
+            show.write(rank_text(group, top) for group in groups)
+
+
+@app.command(name="query")
+def query_command(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RESULTS] SQL",
+            help="The results_dir of a sweep (default: results), and one statement in polars' SQL.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[int, typer.Option(min=0, help="Rows shown in the terminal; 0 shows all.")] = 100,
+    json: AsJson = False,
+    csv: AsCsv = False,
+) -> None:
+    """SQL over the tables runs, curves, latents and sequences; `schema` lists their columns.
+
+    \b
+    Examples:
+      python -m analysis query results "select dict_size, top_k, fvu, l0 from runs order by fvu"
+      python -m analysis query results "select top_k, avg(fvu) as fvu from runs group by top_k" --csv
+      python -m analysis query "select * from curves where metric = 'loss' and step % 10 = 0" --json
+    """
+    with refusals():
+        one_format(json, csv)
+        folder, statement = folder_and_sql(words)
+        from analysis import show
+        from analysis.load import load_table
+        from analysis.query import query
+
+        frame, loaded = query(folder, statement)
+        for part in loaded:
+            remark(part.warnings)
+        if not any(part.n_files for part in loaded):
+            remark(nothing_yet(folder, load_table(folder, "runs")))
+        if json:
+            show.write(show.as_json(frame.iter_rows(named=True)))
+        elif csv:
+            show.write(show.as_csv(frame.columns, frame.iter_rows()))
+        else:
+            shown = frame.head(limit) if limit else frame
+            show.write([show.as_table(frame.columns, shown.rows())])
+            if n_more := frame.height - shown.height:
+                show.write([f"{n_more} more of {frame.height} rows: --limit 0 shows all, --csv and --json never cut\n"])
+
+
+@app.command(name="schema")
+def schema_command(
+    table: Annotated[str | None, typer.Argument(help="One table; all of them if left out.")] = None,
+    json: AsJson = False,
+    csv: AsCsv = False,
+) -> None:
+    """The columns of each table: type and meaning.
+
+    \b
+    Examples:
+      python -m analysis schema
+      python -m analysis schema runs --json
+    """
+    with refusals():
+        one_format(json, csv)
+        from analysis import show
+        from sweep.errors import ConfigError
+        from sweep.results import TABLES
+
+        if table is not None and table not in TABLES:
+            raise ConfigError(f"table {table} does not exist; choose one of {', '.join(TABLES)}")
+        columns = ("table", "column", "type", "volatile", "meaning")
+        tables = TABLES if table is None else {table: TABLES[table]}
+        rows = [(name, c.name, c.dtype, c.volatile, c.doc) for name, part in tables.items() for c in part]
+        if json:
+            show.write(show.as_json(dict(zip(columns, row, strict=True)) for row in rows))
+        elif csv:
+            show.write(show.as_csv(columns, rows))
+        else:
+            for name in tables:
+                lines = [(c, dtype, doc + volatile * " (volatile)") for t, c, dtype, volatile, doc in rows if t == name]
+                show.write(
+                    [show.as_text(name, style="bold"), show.as_table(("column", "type", "meaning"), lines), "\n"]
+                )
+            show.write(["volatile: differs between identical runs\n"])
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What a user can cause ends with its message on stderr and exit code 2."""
+    try:
+        yield
+    except SweepError as error:
+        remark([str(error)])
+        raise typer.Exit(2) from error
+
+
+def one_format(json: bool, csv: bool) -> None:
+    if json and csv:
+        raise typer.BadParameter("choose --json or --csv, not both")
+
+
+def folder_and_sql(words: list[str]) -> tuple[Path, str]:
+    """The two arguments of `query`, of which the first may be left out."""
+    if len(words) > 2:
+        raise typer.BadParameter("give at most a results folder and one statement; put the statement in quotes")
+    if len(words) == 1 and Path(words[0]).is_dir():
+        raise typer.BadParameter(f'no SQL after {words[0]}; try "select cell_id, fvu, l0 from runs"')
+    return Path(words[0] if len(words) == 2 else "results"), words[-1]
+
+
+def remark(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def nothing_yet(folder: Path, runs: "Loaded") -> list[str]:
+    """What to say about a folder from which no run could be read; nothing if there are some."""
+    from analysis.load import what_to_run
+
+    if runs.n_files:
+        return []
+    if runs.left_out:
+        return [f"{folder} has no readable run: all {len(runs.left_out)} files are left out"]
+    return [f"{folder} has no finished run yet; this makes four:", f"  {what_to_run(folder)}"]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Other people's transcoders: what has been published about them."""

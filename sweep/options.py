@@ -1,0 +1,154 @@
+"""What a user types: flat options, and how they become a cell and a workflow.
+
+Names are flat (`dict_size=`, `lr=`, ...), their values live in `conf/`. `cell_from_options` resolves what is
+relative (`warmup_fraction` of the steps, `group_fractions` of the width), looks up revisions and checks everything
+once.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, option
+from sweep.errors import ConfigError
+from sweep.revisions import data_facts, model_facts
+
+__all__ = [
+    "ABSOLUTE",
+    "Relative",
+    "Workflow",
+    "cell_from_options",
+    "option_fields",
+    "options_schema",
+    "workflow_from_options",
+]
+
+ABSOLUTE = {
+    "groups": "group_fractions",
+    "warmup_steps": "warmup_fraction",
+    "min_lr": "min_lr_fraction",
+    "steps": "epochs",
+}
+"""Absolute keys and the relative ones they win over when both are given."""
+
+LOOKED_UP = ("model_revision", "n_layers", "d_in", "d_out", "n_body_params", "dataset_revision")
+"""Keys that may be left null because they can be read off a folder, a file or the installed packages."""
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Values that fit any length and width; the cell resolves them, and the absolute key wins where given."""
+
+    group_fractions: tuple[float, ...] = option("groups as fractions of dict_size")
+    warmup_fraction: float = option("warmup_steps as a fraction of steps")
+    min_lr_fraction: float = option("min_lr as a fraction of lr")
+    epochs: float = option("passes over the n_tokens of the stream")
+
+    def problems(self) -> Iterator[str]:
+        for key in ("warmup_fraction", "min_lr_fraction"):
+            if not 0 <= (value := getattr(self, key)) <= 1:
+                yield f"{key}={value} must be between 0 and 1"
+        if not 0 < self.epochs < math.inf:
+            yield f"epochs={self.epochs} must be a positive number"
+        if not self.group_fractions or not all(0 < fraction <= 1 for fraction in self.group_fractions):
+            yield f"group_fractions={list(self.group_fractions)} must lie between 0 and 1, such as [0.25,0.5,1]"
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """How the sweep is run, not what it computes: outside every identity, the same for all cells."""
+
+    results_dir: str = option("folder of rows, curves and cells")
+    cache_dir: str = option("folder of models, tokens and activations; each can be rebuilt")
+    cache_gib: float = option("largest activation cache; a stream that needs more is harvested anew each epoch")
+    dry_run: bool = option("print the plan and its cost, and stop")
+    checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
+    keep_checkpoints: bool = option("keep the checkpoints of finished cells")
+    device: str = option("auto, cpu, cuda or cuda:<n>")
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(0, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib)
+        device, _, index = self.device.partition(":")
+        if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
+            yield f"device={self.device} is not a device; choose auto, cpu, cuda or cuda:<n>"
+        for key in ("results_dir", "cache_dir"):
+            if not getattr(self, key):
+                yield f"{key} is empty; name a folder"
+
+
+def cell_from_options(options: Mapping[str, Any]) -> Cell:
+    """Resolve and check flat options; absolute keys win over relative ones.
+
+    Raises:
+        ConfigError: with every problem of this cell, not only the first.
+    """
+    relative = Relative(**{f.name: frozen(options[f.name]) for f in fields(Relative)})
+    if problems := tuple(relative.problems()):
+        raise ConfigError(*problems)
+    values = dict(options) | model_facts(options) | data_facts(options)
+    values["hook_in"] = canonical_hook(values["hook_in"], values["layer"])
+    values["hook_out"] = canonical_hook(values["hook_out"], values["layer"])
+    absolute(values, relative)
+    slices = {name: kind(**{f.name: frozen(values[f.name]) for f in fields(kind)}) for name, kind in SLICES.items()}
+    cell = Cell(**slices, seed=values["seed"])
+    if problems := tuple(cell.problems()):
+        raise ConfigError(*problems)
+    return cell
+
+
+def workflow_from_options(options: Mapping[str, Any]) -> Workflow:
+    """The workflow slice of flat options.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    workflow = Workflow(**{f.name: options[f.name] for f in fields(Workflow)})
+    if problems := tuple(workflow.problems()):
+        raise ConfigError(*problems)
+    return workflow
+
+
+def absolute(values: dict[str, Any], relative: Relative) -> None:
+    """Fill in place each absolute key that was left null from its relative one."""
+    width, batch_size = values["dict_size"], max(values["batch_size"], 1)
+    if values["groups"] is None:
+        values["groups"] = tuple(round(fraction * width) for fraction in relative.group_fractions)
+    if values["steps"] is None:
+        values["steps"] = int(values["n_tokens"] * relative.epochs) // batch_size
+    if values["warmup_steps"] is None:
+        values["warmup_steps"] = round(relative.warmup_fraction * max(values["steps"], 0))
+    if values["min_lr"] is None:
+        values["min_lr"] = relative.min_lr_fraction * values["lr"]
+
+
+def canonical_hook(hook: str, layer: int) -> str:
+    """The meaning of a full name where it has one, so that both spellings are one cell."""
+    return next((meaning for meaning, name in HOOKS.items() if name.format(layer=layer) == hook), hook)
+
+
+def option_fields() -> Iterator[tuple[type, str, Any, Mapping[str, Any]]]:
+    """Every option as (slice, name, type, metadata), in the order of the slices."""
+    for kind in (*SLICES.values(), Relative, Workflow):
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            yield kind, f.name, hints[f.name], f.metadata
+    yield Cell, "seed", int, next(f for f in fields(Cell) if f.name == "seed").metadata
+
+
+def options_schema() -> type:
+    """The flat dataclass Hydra checks names and types against, made from the slices."""
+    members: list[Any] = []
+    for _, name, hint, _ in option_fields():
+        kind = _hydra_type(hint)
+        optional = name in ABSOLUTE or name in LOOKED_UP
+        members.append((name, kind | None if optional else kind, field()))
+    return make_dataclass("Options", members)
+
+
+def _hydra_type(hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is tuple:
+        return list[get_args(hint)[0]]  # type: ignore[misc]
+    return hint
