@@ -1,7 +1,8 @@
 """Tables of a results folder as polars frames: what is whole is loaded, what is not is named and left out.
 
 1. The files of a table are those of committed cells: the ones with a file in `runs/`.
-2. Each is read by itself, by pyarrow: damaged bytes raise there, while they can end the process in polars.
+2. Each must have the sha256 it was sealed with, and is read by itself, by pyarrow: damaged bytes raise there,
+   while they can end the process in polars.
 3. It must belong to the cell its name says, in types that fit the schema.
 4. Columns it lacks are null, columns the schema lacks are dropped and counted.
 """
@@ -19,7 +20,7 @@ from polars.datatypes import DataType, DataTypeClass
 
 from sweep.errors import ResultsError
 from sweep.paths import ResultsFolder
-from sweep.results import polars_schema
+from sweep.results import polars_schema, seal_holds
 
 __all__ = ["LeftOut", "Loaded", "first_line", "load_table", "open_results", "what_to_run"]
 
@@ -143,10 +144,12 @@ def _read(path: Path) -> pl.DataFrame:
             raise _UnusableError("it is not a Parquet file")
         if not content.endswith(b"PAR1"):
             raise _UnusableError("it is truncated: the end of the Parquet file is missing")
+        if seal_holds(content) is False:
+            raise _UnusableError("it is damaged: its bytes do not have the sha256 it was sealed with")
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read(use_threads=False)
         table.validate(full=True)
-        return pl.DataFrame(pl.from_arrow(table))
+        return pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))
     except UNREADABLE as error:
         raise _UnusableError(f"it is damaged ({first_line(error)})") from error
 

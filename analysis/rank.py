@@ -119,20 +119,21 @@ def _same_and_varying(rows: list[Row]) -> tuple[dict[str, str], list[str]]:
 
 
 def _common_fraction(name: str, rows: list[Row]) -> str | None:
-    """`0.125,0.25,1*dict_size` where that gives every row's value, whole numbers up to their rounding."""
+    """`0.125,0.25,1*dict_size` where that gives the value of every row, whole numbers by rounding."""
     base = RELATIVE_TO.get(name)
     if base is None or any(not row[base] or row[name] is None for row in rows):
         return None
-    widest = max(rows, key=lambda row: row[base])
-    fractions = [value / widest[base] for value in as_list(widest[name])]
-    for row in rows:
-        values = as_list(row[name])
-        slack = [1.0 if isinstance(value, int) else 1e-9 * row[base] for value in values]
-        wanted = [fraction * row[base] for fraction in fractions]
-        if len(values) != len(wanted) or any(
-            abs(a - b) > tolerance for a, b, tolerance in zip(values, wanted, slack, strict=True)
-        ):
+    values = [as_list(row[name]) for row in rows]
+    if len({len(value) for value in values}) > 1:
+        return None
+    fractions = []
+    for column in zip(*values, strict=True):
+        slack = [0.5 if isinstance(value, int) else 1e-9 * abs(value) for value in column]
+        low = max((v - s) / row[base] for v, s, row in zip(column, slack, rows, strict=True))
+        high = min((v + s) / row[base] for v, s, row in zip(column, slack, rows, strict=True))
+        if low >= high and any(column):
             return None
+        fractions.append((low + high) / 2)
     return f"{','.join(f'{fraction:.4g}' for fraction in fractions)}*{base}"
 
 

@@ -11,7 +11,7 @@ the same numbers.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ Read = tuple[str, int]
 """A split and the number of a block in it."""
 
 
+@runtime_checkable
 class Blocks(Protocol):
     """Where activations come from: the language model, or a cache in front of it."""
 

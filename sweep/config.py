@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 __all__ = [
     "HOOKS",
@@ -262,8 +262,6 @@ class Cell:
         for part in (self.capacity, self.schedule, self.revival, self.model, self.data):
             yield from part.problems()
         yield from self.site.problems(self.model)
-        for name in SLICES:
-            yield from not_a_choice(getattr(self, name))
         for key, value in self.flat().items():
             if isinstance(value, int) and abs(value) >= 2**63:
                 yield f"{key}={value} is too large; the largest number is {2**63 - 1}"
@@ -289,13 +287,6 @@ def at_least(bound: float, **values: float) -> Iterator[str]:
     for key, value in values.items():
         if not bound <= value < math.inf:
             yield f"{key}={value} must be at least {bound}"
-
-
-def not_a_choice(part: object) -> Iterator[str]:
-    """Problems of fields whose type is a Literal; Hydra knows only that they are strings."""
-    for name, hint in get_type_hints(type(part)).items():
-        if get_origin(hint) is Literal and (value := getattr(part, name)) not in get_args(hint):
-            yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
 
 
 def frozen(value: Any) -> Any:

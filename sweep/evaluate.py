@@ -68,11 +68,11 @@ def evaluate(
     heldout: Iterable[Mapping[Site, Activations]],
     seq_tokens: int,
     report: Report = silent,
-    n_tokens: int = 0,
+    n_blocks: int = 0,
 ) -> dict[str, Evaluation]:
     """Score every predictor on the held-out blocks, in one pass.
 
-    `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_tokens` is how many will
+    `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_blocks` is how many will
     come, for the report.
 
     Raises:
@@ -81,20 +81,19 @@ def evaluate(
     moments = {site: TargetMoments(seq_tokens) for site, _ in predictors.values()}
     scores = {name: Score(site, predictor) for name, (site, predictor) in predictors.items()}
     n_done = 0
-    for block in heldout:
+    for n_done, block in enumerate(heldout, 1):
         for site, moment in moments.items():
             moment.update(block[site].target)
         for score in scores.values():
             score.update(block[score.site])
-        n_done += len(next(iter(block.values())).target)
-        report("evaluate", n_done, n_tokens, "tokens")
+        report("evaluate", n_done, n_blocks, "blocks")
     if not n_done:
         raise DataError("the held-out split has no row; raise n_heldout_tokens= or give more text")
     deviations = {site: moment.deviations() for site, moment in moments.items()}
     evaluations: dict[str, Evaluation] = {}
     for name, score in scores.items():
-        report("compare decoder rows", len(evaluations), len(scores), "transcoders")
         evaluations[name] = score.evaluation(deviations[score.site], seq_tokens)
+        report("compare decoder rows", len(evaluations), len(scores), "cells")
     return evaluations
 
 

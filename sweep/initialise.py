@@ -17,6 +17,9 @@ from sweep.transcoder import Parameters, pre_latents, select
 
 __all__ = ["initial_state"]
 
+BLEND = 0.5
+"""Share of the second token: below 1, so that (a, b) and (b, a) differ."""
+
 N_FIT_TOKENS = 1024
 """Tokens on which the encoder's scale is fitted: the estimate is one number, a few hundred would do."""
 
@@ -50,8 +53,8 @@ def data_parameters(
     reads = source[first] - source_mean
     writes = target[first] - target_mean
     blended = second >= 0
-    reads[blended] += source[second[blended]] - source_mean
-    writes[blended] += target[second[blended]] - target_mean
+    reads[blended] += BLEND * (source[second[blended]] - source_mean)
+    writes[blended] += BLEND * (target[second[blended]] - target_mean)
     normalise_rows_(reads)
     normalise_rows_(writes)
     params = Parameters(
@@ -68,14 +71,14 @@ def sample_pairs(
 ) -> tuple[Int64[Tensor, " dict_size"], Int64[Tensor, " dict_size"]]:
     """Which token each latent starts from, and a second one to blend in, or -1 for none.
 
-    Tokens are drawn without replacement; a dictionary wider than the window goes round again, and from then on
-    each latent is the sum of two tokens, so that no two latents start equal.
+    Each token is used once in random order; a dictionary wider than the window goes round again, and from then on
+    each latent blends two tokens, another pair each time, so that no two latents start equal.
     """
     n_rounds = -(-dict_size // n)
-    first = torch.cat([torch.randperm(n, generator=generator) for _ in range(n_rounds)])[:dict_size]
-    second = torch.randint(n, (dict_size,), generator=generator)
-    second[:n] = -1
-    return first, second
+    order = torch.randperm(n, generator=generator)
+    first = order.repeat(n_rounds)
+    second = torch.cat([torch.full((n,), -1), *(order.roll(shift) for shift in range(1, n_rounds))])
+    return first[:dict_size], second[:dict_size]
 
 
 def least_squares_scale(

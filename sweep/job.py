@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sweep import checkpoint
-from sweep.activations import ActivationStream, Batch
+from sweep.activations import ActivationStream
 from sweep.blocks import CachedBlocks, HarvestedBlocks, cache_bytes, cache_fits
 from sweep.config import SCHEMA_VERSION, Cell, cell_from_json
 from sweep.errors import Diverged, Interrupted, SweepError
@@ -301,13 +301,7 @@ def evaluate_all(gang: Gang, place: Workplace, report: Report) -> None:
         return
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
-
-    def heldout() -> Iterator[Batch]:
-        for done, block in enumerate(place.stream.split("heldout"), 1):
-            yield block
-            report("evaluate", done, n_blocks, "blocks")
-
-    evaluations = evaluate(predictors, heldout(), seq_tokens)
+    evaluations = evaluate(predictors, place.stream.split("heldout"), seq_tokens, report, n_blocks)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
 

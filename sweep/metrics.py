@@ -34,7 +34,7 @@ __all__ = [
 Metrics = dict[str, float | int | None]
 
 MAX_BYTES = 16 << 20
-"""Size of the largest temporary array; a multiple of the cache of a core gains nothing (measured)."""
+"""Size of the largest temporary array, where one row fits; larger ones were slower, not faster."""
 
 NEVER = torch.iinfo(torch.int64).max
 

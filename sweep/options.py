@@ -84,7 +84,7 @@ def cell_from_options(options: Mapping[str, Any]) -> Cell:
         ConfigError: with every problem of this cell, not only the first.
     """
     relative = Relative(**{f.name: frozen(options[f.name]) for f in fields(Relative)})
-    if problems := tuple(relative.problems()):
+    if problems := (*relative.problems(), *not_a_choice(options)):
         raise ConfigError(*problems)
     values = dict(options) | model_facts(options) | data_facts(options)
     values["hook_in"] = canonical_hook(values["hook_in"], values["layer"])
@@ -120,6 +120,13 @@ def absolute(values: dict[str, Any], relative: Relative) -> None:
         values["warmup_steps"] = round(relative.warmup_fraction * max(values["steps"], 0))
     if values["min_lr"] is None:
         values["min_lr"] = relative.min_lr_fraction * values["lr"]
+
+
+def not_a_choice(options: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of options whose type is a Literal; Hydra knows only that they are strings."""
+    for _, name, hint, _ in option_fields():
+        if get_origin(hint) is Literal and (value := options[name]) not in get_args(hint):
+            yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
 
 
 def canonical_hook(hook: str, layer: int) -> str:

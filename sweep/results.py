@@ -4,6 +4,7 @@ A new metric is a new `Column` here. Writers cast to the schema, readers pass it
 `python -m analysis query` speak of the same names.
 """
 
+import hashlib
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sweep.paths import ResultsFolder, write_atomic
 if TYPE_CHECKING:
     import polars
 
-__all__ = ["DEAD_AT_TOKENS", "METRICS", "TABLES", "Column", "polars_schema", "write_run", "write_table"]
+__all__ = ["DEAD_AT_TOKENS", "METRICS", "TABLES", "Column", "polars_schema", "seal_holds", "write_run", "write_table"]
 
 Dtype = Literal["int64", "float64", "string", "bool", "list[int64]", "list[float64]"]
 
@@ -179,8 +180,27 @@ def write_table(table: str, path: Path, rows: Iterable[Mapping[str, Any]]) -> No
         raise KeyError(f"not in the schema of {table}: {', '.join(sorted(unknown))}")
     frame = pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema, strict=True)
     buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd", statistics=False)
-    write_atomic(path, buffer.getvalue())
+    frame.write_parquet(buffer, compression="zstd", statistics=False, metadata={"seal": BLANK_SEAL.decode()})
+    write_atomic(path, sealed(buffer.getvalue()))
+
+
+SEAL = b"sha256 of this file with its digits as 0: "
+BLANK_SEAL = SEAL + b"0" * 64
+
+
+def sealed(parquet: bytes) -> bytes:
+    """The file with its own sha256 in its metadata, since Parquet readers do not notice a flipped bit."""
+    place = parquet.rindex(BLANK_SEAL) + len(SEAL)
+    return parquet[:place] + hashlib.sha256(parquet).hexdigest().encode() + parquet[place + 64 :]
+
+
+def seal_holds(parquet: bytes) -> bool | None:
+    """Whether a file has the bytes it was written with; None for one without a seal."""
+    place = parquet.rfind(SEAL) + len(SEAL)
+    if place < len(SEAL):
+        return None
+    digits, blank = parquet[place : place + 64], parquet[:place] + b"0" * 64 + parquet[place + 64 :]
+    return hashlib.sha256(blank).hexdigest().encode() == digits
 
 
 def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

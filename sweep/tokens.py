@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -61,6 +61,7 @@ BUDGETS: dict[Split, str] = {
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a tokenizer must do here."""
 

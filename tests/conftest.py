@@ -6,6 +6,7 @@ The tiny language model is made once a session and is never changed: tests only 
 import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from make import TINY
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the processes tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+
+hypothesis.settings.register_profile("sweep", deadline=None)  # no test fails for being slow
+hypothesis.settings.load_profile("sweep")
 
 
 @pytest.fixture(scope="session")

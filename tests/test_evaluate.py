@@ -129,6 +129,12 @@ def test_metrics_are_those_of_the_schema() -> None:
     assert set(result.sequences[0]) | {"cell_id"} == {column.name for column in SEQUENCES}
 
 
+def test_the_documentation_defines_every_column() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = {column.name for column in (*METRICS, *LATENTS, *SEQUENCES)} - {"cell_id"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.parametrize("predictor", [random_predictor(5, 5), constant(torch.ones(5), 5, dict_size=1)])
 def test_rows_fit_the_tables(tmp_path: Path, predictor: Linear) -> None:
     result = evaluate_one(predictor, blocks())
@@ -260,10 +266,8 @@ def test_no_heldout_rows_is_an_error() -> None:
 
 def test_evaluation_reports_its_progress() -> None:
     seen: list[tuple[str, int, int, str]] = []
-    evaluate({"cell": (SITE, identity(5))}, blocks(), T, lambda *args: seen.append(args), n_tokens=12 * T)
-    assert [args for args in seen if args[0] == "evaluate"] == [
-        ("evaluate", 3 * T * (i + 1), 12 * T, "tokens") for i in range(4)
-    ]
+    evaluate({"cell": (SITE, identity(5))}, blocks(), T, lambda *args: seen.append(args), n_blocks=4)
+    assert seen == [*(("evaluate", i + 1, 4, "blocks") for i in range(4)), ("compare decoder rows", 1, 1, "cells")]
 
 
 @pytest.mark.parametrize(

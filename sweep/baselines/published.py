@@ -44,7 +44,7 @@ def published() -> list[Published]:
 @lru_cache(maxsize=1)
 def _published() -> tuple[Published, ...]:
     text = files("sweep.baselines").joinpath("published.csv").read_text(encoding="utf-8")
-    return tuple(_parse(line) for line in csv.DictReader(text.splitlines(), strict=True))
+    return tuple(_parse(line) for line in csv.DictReader(text.splitlines(keepends=True), strict=True))
 
 
 def _parse(line: dict[str, str]) -> Published:

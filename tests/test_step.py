@@ -1,0 +1,200 @@
+"""The training step against a naive model in float64: values, gradients, updates."""
+
+from typing import Any
+
+import pytest
+import torch
+from make import make_cell
+from torch import Tensor
+
+from sweep.config import Capacity, Revival
+from sweep.state import TrainState
+from sweep.step.reference import gradients, train_step_
+from sweep.step.update import update_
+from sweep.transcoder import Parameters
+
+D_IN, D_OUT, WIDTH, BATCH = 12, 10, 40, 16
+
+
+def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> Parameters:
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(WIDTH, D_OUT, generator=g, dtype=dtype)
+    return Parameters(
+        torch.randn(D_IN, WIDTH, generator=g, dtype=dtype) / D_IN**0.5,
+        torch.randn(WIDTH, generator=g, dtype=dtype) / 10,
+        rows / rows.norm(dim=1, keepdim=True),
+        torch.randn(D_OUT, generator=g, dtype=dtype) / 10,
+    )
+
+
+def make_batch(dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, D_IN, generator=g, dtype=dtype), torch.randn(BATCH, D_OUT, generator=g, dtype=dtype)
+
+
+def capacity(activation: str = "batch_top_k", groups: tuple[int, ...] = (5, 10, 20, 30, 40)) -> Capacity:
+    return Capacity(WIDTH, 4, activation, groups)  # type: ignore[arg-type]
+
+
+def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dead: list[int]) -> Tensor:
+    """The same loss with Python loops and masks instead of topk, scatter and slices."""
+    pre = x @ p.W_enc + p.b_enc
+    z = pre.clamp_min(0)
+    if c.activation == "batch_top_k":
+        keep = z >= z.flatten().sort(descending=True).values[c.top_k * len(x) - 1]
+    else:
+        keep = z >= z.sort(dim=1, descending=True).values[:, c.top_k - 1 : c.top_k]
+    z = z * keep
+    total = sum((((z[:, :n] @ p.W_dec[:n] + p.b_dec) - y) ** 2).mean() for n in c.groups) / len(c.groups)
+    if dead:
+        e = (y - (z @ p.W_dec + p.b_dec)).detach()
+        k = min(r.top_k_aux, len(dead))
+        order = [sorted(dead, key=lambda j, i=i: -float(pre.detach()[i, j]))[:k] for i in range(len(x))]
+        guess = torch.stack([sum(pre[i, j] * p.W_dec[j] for j in order[i]) for i in range(len(x))])
+        total = total + r.aux_penalty * min(len(dead) / r.top_k_aux, 1) * ((guess - e) ** 2).mean()
+    return total
+
+
+@pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
+@pytest.mark.parametrize("groups", [(40,), (5, 10, 20, 30, 40)])
+@pytest.mark.parametrize("dead", [[], [3, 17, 39], list(range(10, 22))])
+def test_gradients_match_a_naive_model(activation: str, groups: tuple[int, ...], dead: list[int]) -> None:
+    params, (x, y) = make_params(), make_batch()
+    cap, revival = capacity(activation, groups), Revival(0.25, 6, 5)
+    loss, grads = gradients(params, x, y, cap, revival, torch.tensor(dead, dtype=torch.int64))
+    leaves = params.map(lambda t: t.clone().requires_grad_())
+    expected = naive_loss(leaves, x, y, cap, revival, dead)
+    torch.testing.assert_close(loss.total, expected.detach(), rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(expected, leaves.tensors())
+    for found, want in zip(grads.tensors(), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-14)
+
+
+def test_gradients_match_finite_differences() -> None:
+    params, (x, y) = make_params(), make_batch()
+    cap, revival, none = capacity(), Revival(0.25, 6, 5), torch.zeros(0, dtype=torch.int64)
+    _, grads = gradients(params, x, y, cap, revival, none)
+    for name, tensor in params.items():
+        index = tuple(0 for _ in tensor.shape)
+        for sign in (1, -1):
+            tensor[index] += sign * 1e-6 * (1 if sign == 1 else 2)
+            value = gradients(params, x, y, cap, revival, none)[0].total
+            up = value if sign == 1 else up
+        tensor[index] += 1e-6
+        assert float((up - value) / 2e-6) == pytest.approx(float(getattr(grads, name)[index]), rel=1e-4, abs=1e-9)
+
+
+def test_small_prefixes_get_gradient_of_their_own() -> None:
+    params, (x, y) = make_params(), make_batch()
+    none = torch.zeros(0, dtype=torch.int64)
+    _, nested = gradients(params, x, y, capacity(), Revival(0.0, 6, 5), none)
+    _, plain = gradients(params, x, y, capacity(groups=(40,)), Revival(0.0, 6, 5), none)
+    assert not torch.allclose(nested.W_dec[:5], plain.W_dec[:5])
+    # the last group is in one prefix of five, so its gradient is a fifth of what it gets without nesting
+    torch.testing.assert_close(nested.W_dec[30:] * 5, plain.W_dec[30:])
+    torch.testing.assert_close(nested.W_enc[:, 30:] * 5, plain.W_enc[:, 30:])
+
+
+def test_aux_reaches_dead_latents_and_no_other_parameter() -> None:
+    params, (x, y) = make_params(), make_batch()
+    dead = torch.tensor([1, 7, 33])
+    params.b_enc[dead] = -100.0  # dead for the main loss: only the raw pre-latents can reach them
+    without = gradients(params, x, y, capacity(), Revival(0.0, 2, 5), dead)[1]
+    with_aux = gradients(params, x, y, capacity(), Revival(0.5, 2, 5), dead)[1]
+    change = {name: getattr(with_aux, name) - getattr(without, name) for name, _ in params.items()}
+    alive = torch.ones(WIDTH, dtype=torch.bool)
+    alive[dead] = False
+    for by_latent in (change["W_enc"].T, change["b_enc"][:, None], change["W_dec"]):
+        assert by_latent[alive].eq(0).all()
+        assert by_latent[dead].ne(0).any(dim=1).all()
+    assert change["b_dec"].eq(0).all()
+
+
+def test_aux_weight_grows_with_the_number_of_dead_latents() -> None:
+    params, (x, y) = make_params(), make_batch()
+    revival = Revival(1.0, 8, 5)
+    for n_dead in (2, 8, 20):
+        dead = torch.arange(n_dead)
+        loss, _ = gradients(params, x, y, capacity(), revival, dead)
+        assert loss.aux is not None
+        main = torch.stack(loss.prefixes).mean()
+        torch.testing.assert_close(loss.total, main + min(n_dead / 8, 1) * loss.aux)
+
+
+def make_state(dtype: torch.dtype) -> TrainState:
+    return TrainState.initial(make_params().map(lambda tensor: tensor.to(dtype)), 1.0, 1.0)
+
+
+def step_cell(**overrides: Any) -> Any:
+    return make_cell(**{"dict_size": WIDTH, "groups": [5, 10, 20, 30, 40], "lr": 1e-2, "steps": 50, **overrides})
+
+
+def test_update_is_adam_on_the_tangent_of_unit_rows() -> None:
+    state = make_state(torch.float64)
+    expected = state.params.map(torch.clone)
+    leaves = [tensor.requires_grad_() for tensor in expected.tensors()]
+    adam = torch.optim.Adam(leaves, lr=0.05, betas=(0.8, 0.95), eps=1e-8)
+    for i in range(4):
+        g = torch.Generator().manual_seed(i)
+        grads = state.params.map(lambda t, g=g: torch.randn(t.shape, generator=g, dtype=t.dtype))
+        for leaf, grad in zip(leaves, grads.tensors(), strict=True):
+            leaf.grad = grad.clone()
+        rows = expected.W_dec.detach()
+        expected.W_dec.grad -= (expected.W_dec.grad * rows).sum(1, keepdim=True) * rows
+        adam.step()
+        with torch.no_grad():
+            expected.W_dec /= expected.W_dec.norm(dim=1, keepdim=True)
+        update_(state, grads, 0.05, (0.8, 0.95))
+        state.step += 1
+    for found, want in zip(state.params.tensors(), leaves, strict=True):
+        torch.testing.assert_close(found, want.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_train_step_learns_and_keeps_rows_unit(dtype: torch.dtype) -> None:
+    state, cell = make_state(dtype), step_cell()
+    x, y = make_batch(dtype)
+    losses = [
+        float(train_step_(state, x, y, cell.capacity, cell.schedule, cell.revival).loss.total) for _ in range(50)
+    ]
+    assert losses[-1] < 0.5 * losses[0]
+    assert state.step == 50
+    assert state.params.W_dec.dtype == dtype
+    torch.testing.assert_close(state.params.W_dec.norm(dim=1), torch.ones(WIDTH, dtype=dtype))
+
+
+def test_train_step_in_fp32_follows_float64() -> None:
+    cell = step_cell(aux_penalty=0.0)
+    states = {dtype: make_state(dtype) for dtype in (torch.float32, torch.float64)}
+    for i in range(5):
+        x, y = make_batch(seed=i)
+        for dtype, state in states.items():
+            train_step_(state, x.to(dtype), y.to(dtype), cell.capacity, cell.schedule, cell.revival)
+    torch.testing.assert_close(
+        states[torch.float32].params.W_dec.double(), states[torch.float64].params.W_dec, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_train_step_counts_batches_since_a_latent_fired() -> None:
+    state, cell = make_state(torch.float32), step_cell(n_batches_to_dead=3, aux_penalty=0.0, lr=1e-9)
+    state.params.b_enc[:10] = -1e6
+    for expected in (0, 0, 0, 10):
+        report = train_step_(
+            state, *make_batch(torch.float32, seed=expected), cell.capacity, cell.schedule, cell.revival
+        )
+        assert report.n_dead >= expected
+    assert state.batches_since_fired[:10].eq(4).all()
+    fired = (report.loss.latents > 0).any(dim=0)
+    assert fired.any()
+    assert state.batches_since_fired[fired].eq(0).all()
+
+
+def test_train_step_scales_source_and_target() -> None:
+    cell = step_cell()
+    plain, scaled = make_state(torch.float64), make_state(torch.float64)
+    scaled.source_scale, scaled.target_scale = 0.25, 4.0
+    x, y = make_batch()
+    train_step_(plain, x, y, cell.capacity, cell.schedule, cell.revival)
+    train_step_(scaled, x * 4.0, y / 4.0, cell.capacity, cell.schedule, cell.revival)
+    for found, want in zip(scaled.params.tensors(), plain.params.tensors(), strict=True):
+        assert torch.equal(found, want)
