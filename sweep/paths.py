@@ -124,7 +124,7 @@ class ResultsFolder:
             return
         if not self.root.is_dir():
             raise ResultsError(f"results_dir={self.root} is a file; {fix}")
-        if {path.name for path in self.root.iterdir()} <= {"cache"}:
+        if all(path.name == "cache" or path.name.startswith(".") for path in self.root.iterdir()):
             return
         try:
             with self.about.open(encoding="utf-8") as file:
@@ -135,12 +135,13 @@ class ResultsFolder:
             raise ResultsError(f"results_dir={self.root} holds files that are not results of a sweep; {fix}")
 
     def create(self) -> None:
-        """Make the folder and its mark if they are not there yet."""
+        """Make the folder if it is not there yet; the mark comes first, so that a kill leaves nothing foreign."""
         self.check()
-        for name in (*TABLES, "cells", "sweeps"):
-            self.table(name).mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         if not self.about.exists():
             write_atomic(self.about, ABOUT.encode())
+        for name in (*TABLES, "cells", "sweeps"):
+            self.table(name).mkdir(exist_ok=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from sweep.initialise import initial_state
 from sweep.language_model import Activations
 from sweep.transcoder import Parameters, pre_latents
 
-
 CHUNK = 128
 
 

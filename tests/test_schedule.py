@@ -1,5 +1,7 @@
 """The learning rate: warm-up, decay, and an end at min_lr."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,9 +41,7 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, schedule(warmup=0)) == 1e-2
 
 
-@given(
-    st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 50), st.data(), st.floats(0, 1e-2)
-)
+@given(st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 50), st.data(), st.floats(0, 1e-2))
 def test_learning_rate_stays_in_bounds_and_falls_after_warmup(
     decay: str, steps: int, data: st.DataObject, min_lr: float
 ) -> None:
@@ -49,4 +49,4 @@ def test_learning_rate_stays_in_bounds_and_falls_after_warmup(
     rates = [learning_rate(step, schedule(decay, steps, warmup, min_lr)) for step in range(steps)]
     assert all(0 < rate <= 1e-2 * (1 + 1e-12) or rate == min_lr for rate in rates)
     after = rates[max(warmup - 1, 0) :]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(after))

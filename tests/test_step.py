@@ -154,9 +154,7 @@ def test_update_is_adam_on_the_tangent_of_unit_rows() -> None:
 def test_train_step_learns_and_keeps_rows_unit(dtype: torch.dtype) -> None:
     state, cell = make_state(dtype), step_cell()
     x, y = make_batch(dtype)
-    losses = [
-        float(train_step_(state, x, y, cell.capacity, cell.schedule, cell.revival).loss.total) for _ in range(50)
-    ]
+    losses = [float(train_step_(state, x, y, cell.capacity, cell.schedule, cell.revival).loss.total) for _ in range(50)]
     assert losses[-1] < 0.5 * losses[0]
     assert state.step == 50
     assert state.params.W_dec.dtype == dtype

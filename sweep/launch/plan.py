@@ -9,6 +9,7 @@ from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
 from sweep.options import Workflow, cell_from_options, workflow_from_options
 from sweep.paths import CellFolder, ResultsFolder, try_lock
+from sweep.results import seal_holds
 from sweep.status import read_status
 
 __all__ = ["Job", "Plan", "Planned", "make_plan", "resolve"]
@@ -133,9 +134,8 @@ def look_up(cell: Cell, results: ResultsFolder) -> tuple[Action, str]:
 
 
 def is_whole(parquet: Path) -> bool:
-    """Whether a Parquet file begins and ends as one: a cheap look that finds truncation."""
-    content = parquet.read_bytes()
-    return len(content) > 8 and content.startswith(b"PAR1") and content.endswith(b"PAR1")
+    """Whether a row has the bytes it was written with."""
+    return seal_holds(parquet.read_bytes()) is True
 
 
 def is_locked(folder: CellFolder) -> bool:

@@ -1,0 +1,135 @@
+"""What a finished cell leaves behind: its transcoder, its metrics and its rows, the row in `runs/` last."""
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from sweep.activations import ActivationStream
+from sweep.blocks import HarvestedBlocks
+from sweep.config import SCHEMA_VERSION, Cell
+from sweep.gang import Member
+from sweep.options import Workflow
+from sweep.paths import ResultsFolder, write_atomic, write_json
+from sweep.provenance import git_state, package_versions
+from sweep.results import write_run
+from sweep.summary import summary
+from sweep.tokens import TokenFile
+from sweep.transcoder import save_transcoder
+
+__all__ = ["Workplace", "commit"]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What the members share: text, stream, and facts about both for the rows."""
+
+    stream: ActivationStream
+    harvested: HarvestedBlocks
+    tokens: TokenFile
+    model_hash: str
+    device: str
+    started: float
+    gang_size: int
+
+
+def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: Workflow) -> None:
+    """Write everything a finished cell leaves behind; the row in `runs/` goes last.
+
+    Side effects: the cell's checkpoints go, unless `keep_checkpoints`.
+    """
+    cell, run, transcoder, evaluation = member.cell, member.run, member.transcoder, member.evaluation
+    assert run is not None and transcoder is not None and evaluation is not None
+    row = run_row(member, place)
+    save_transcoder(member.folder.transcoder, transcoder, about(cell))
+    write_json(member.folder.metrics, {"cell_id": cell.cell_id, **metrics(member)})
+    write_atomic(member.folder.summary, summary(metrics(member)).encode())
+    since_fired = run.state.batches_since_fired.tolist()
+    write_run(
+        results,
+        cell.cell_id,
+        {
+            "runs": [row],
+            "curves": [{"step": s, "metric": m, "value": v} for s, m, v in run.state.curve],
+            "latents": [
+                {**latent, "group": group, "batches_since_fired": since}
+                for latent, group, since in zip(evaluation.latents, groups(cell), since_fired, strict=True)
+            ],
+            "sequences": evaluation.sequences,
+        },
+    )
+    member.set_status(state="done", step=run.state.step)
+    member.log.info("done: fvu %.4f at l0 %.2f", row["fvu"], row["l0"])
+    if not workflow.keep_checkpoints:
+        shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
+
+
+def groups(cell: Cell) -> Iterator[int]:
+    """For each latent, the innermost prefix that holds it."""
+    for group, (begin, end) in enumerate(cell.capacity.spans):
+        yield from (group for _ in range(begin, end))
+
+
+def about(cell: Cell) -> dict[str, Any]:
+    """What a reader of the transcoder's folder must know beside its shapes."""
+    hook_in, hook_out = cell.site.hook_names
+    return {
+        "cell_id": cell.cell_id,
+        "model": cell.model.model,
+        "model_repo": cell.model.model_repo,
+        "model_revision": cell.model.model_revision,
+        "layer": cell.site.layer,
+        "hook_in": hook_in,
+        "hook_out": hook_out,
+        "groups": list(cell.capacity.groups),
+        "seq_len": cell.data.seq_len,
+    }
+
+
+def metrics(member: Member) -> dict[str, Any]:
+    assert member.run is not None and member.evaluation is not None
+    dead = member.run.state.batches_since_fired >= member.cell.revival.n_batches_to_dead
+    return {**member.evaluation.metrics, "dead_fraction_training": int(dead.sum()) / dead.numel()}
+
+
+def run_row(member: Member, place: Workplace) -> dict[str, Any]:
+    """The cell's row in `runs`, by the schema of results.py."""
+    cell, run = member.cell, member.run
+    assert run is not None and member.transcoder is not None
+    seconds = time.monotonic() - place.started
+    threshold = member.transcoder.threshold
+    git_sha, git_dirty = git_state()
+    losses = [value for _, metric, value in run.state.curve if metric == "loss"]
+    return {
+        "kind": "cell",
+        "status": "done",
+        "schema_version": SCHEMA_VERSION,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in cell.flat().items()},
+        **metrics(member),
+        "final_loss": losses[-1],
+        "threshold": None if threshold is None else float(threshold[0]),
+        "source_scale": run.state.source_scale,
+        "target_scale": run.state.target_scale,
+        "tokens_hash": place.tokens.hash,
+        "heldout_hash": place.tokens.heldout_hash,
+        "model_hash": place.model_hash,
+        "config": json.dumps(cell.flat(identity_only=True), sort_keys=True),
+        "n_language_model_tokens": place.harvested.n_tokens_seen,
+        "gang_size": place.gang_size,
+        "attempts": member.status.attempts,
+        "seconds": seconds,
+        "training_tokens_per_second": cell.schedule.steps * cell.schedule.batch_size / seconds,
+        "host": socket.gethostname(),
+        "device": place.device,
+        "n_threads": torch.get_num_threads(),
+        "versions": json.dumps(package_versions(), sort_keys=True),
+        "git_sha": git_sha,
+        "git_dirty": git_dirty,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,136 @@
+"""A gang: the cells that train in lockstep, and the one place where an error costs a cell its place.
+
+A cell that fails leaves with class, message and traceback in its status; the others go on.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sweep.config import Cell, cell_from_json
+from sweep.errors import Diverged, SweepError
+from sweep.evaluate import Evaluation
+from sweep.paths import CellFolder, ResultsFolder, try_lock
+from sweep.status import Status, read_status
+from sweep.train import Run
+from sweep.transcoder import Transcoder
+
+__all__ = ["Gang", "Member", "join"]
+
+HEARTBEAT_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """A cell of the gang while it is in it."""
+
+    cell: Cell
+    folder: CellFolder
+    status: Status
+    run: Run | None = None
+    transcoder: Transcoder | None = None
+    evaluation: Evaluation | None = None
+    last_beat: float = 0.0
+
+    @property
+    def log(self) -> "logging.LoggerAdapter[logging.Logger]":
+        """Speaks in this cell's log only."""
+        return logging.LoggerAdapter(log, {"cell_id": self.cell.cell_id})
+
+    def set_status(self, **values: Any) -> None:
+        self.status = self.status.changed(**values)
+        self.status.write(self.folder)
+        self.last_beat = time.monotonic()
+
+    def beat(self) -> None:
+        """Say how far the cell is, at most every HEARTBEAT_SECONDS."""
+        if self.run and time.monotonic() - self.last_beat > HEARTBEAT_SECONDS:
+            self.set_status(step=self.run.state.step)
+
+
+@dataclass
+class Gang:
+    """The members still in it, and the one place where an error costs a member its place."""
+
+    members: list[Member]
+    failed: list[Member] = field(default_factory=list)
+
+    def attempt(self, member: Member, action: Callable[[], None]) -> bool:
+        """Run the action; on any error record class, message and traceback, and let the member go."""
+        try:
+            action()
+        except Exception as error:
+            self.fail(member, error)
+            return False
+        return True
+
+    def attempt_all(self, action: Callable[[Member], None]) -> None:
+        for member in list(self.members):
+            self.attempt(member, lambda member=member: action(member))  # type: ignore[misc]
+
+    def fail(self, member: Member, error: Exception) -> None:
+        trace = "".join(traceback.format_exception(error))
+        member.log.info("failed: %s", error if isinstance(error, SweepError) else trace)
+        member.set_status(
+            state="diverged" if isinstance(error, Diverged) else "failed",
+            failures=member.status.failures + 1,
+            error={
+                "class": type(error).__name__,
+                "message": str(error),
+                "traceback": trace,
+            },
+        )
+        self.members.remove(member)
+        self.failed.append(member)
+
+    def fail_all(self, error: Exception) -> None:
+        for member in list(self.members):
+            self.fail(member, error)
+
+
+def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack) -> Iterator[Member]:
+    """The cells nobody else is at, each locked and with its log open until the stack closes."""
+    for cell_id in cell_ids:
+        folder = results.cell(cell_id)
+        lock = try_lock(folder.lock)
+        if lock is None:
+            log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
+            continue
+        stack.enter_context(lock)
+        stack.enter_context(logging_to(folder.log, cell_id))
+        status = read_status(folder)
+        member = Member(cell_from_json(folder.config.read_text(encoding="utf-8")), folder, status)
+        member.set_status(
+            state="running",
+            steps=member.cell.schedule.steps,
+            attempts=status.attempts + 1,
+            error={},
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        yield member
+
+
+@contextlib.contextmanager
+def logging_to(path: Path, cell_id: str) -> Iterator[None]:
+    """Append what the package logs to a file, but for what speaks of another cell."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.addFilter(lambda record: getattr(record, "cell_id", cell_id) == cell_id)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("sweep")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,139 @@
+"""Checkpoints: whole or not there, the last two kept, damage found, strangers refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from make import make_cell
+
+from sweep.checkpoint import load_latest, save
+from sweep.errors import CheckpointError
+from sweep.initialise import initial_state
+from sweep.paths import CellFolder
+from sweep.state import TrainState
+
+CELL = make_cell()
+
+
+def make_state(step: int) -> TrainState:
+    g = torch.Generator().manual_seed(step)
+    state = initial_state(torch.randn(99, 32, generator=g), torch.randn(99, 32, generator=g), CELL.capacity, step)
+    state.step = step
+    state.curve = [(0, "loss", 0.1 + 0.2), (step, "l0", 1e-17)]
+    return state
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CellFolder:
+    """A cell's folder with the checkpoints of steps 10 and 20."""
+    cell_folder = CellFolder(tmp_path / "cell")
+    for step in (10, 20):
+        save(make_state(step), cell_folder, CELL, "hash")
+    return cell_folder
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    tensors = zip(one.tensors().items(), other.tensors().items(), strict=True)
+    same = all(a == b and torch.equal(x, y) for (a, x), (b, y) in tensors)
+    return same and one.scalars() == other.scalars()
+
+
+def test_save_and_load_give_the_same_state(folder: CellFolder) -> None:
+    loaded = load_latest(folder, CELL, "hash", "cpu")
+    assert loaded is not None
+    assert equal(loaded, make_state(20))
+
+
+def test_everything_a_state_holds_is_saved() -> None:
+    state = make_state(3)
+    held = {**state.tensors(), **state.scalars()}
+    assert {name.split(".")[0] for name in held} == set(TrainState.__dataclass_fields__)
+
+
+def test_save_keeps_the_last_two(folder: CellFolder) -> None:
+    save(make_state(30), folder, CELL, "hash")
+    assert folder.checkpoint_steps() == [20, 30]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_load_without_a_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_latest(CellFolder(tmp_path), CELL, "hash", "cpu") is None
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncation_falls_back_to_the_one_before(
+    folder: CellFolder, name: str, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder.checkpoint(20) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    loaded = load_latest(folder, CELL, "hash", "cpu")
+    assert loaded is not None
+    assert equal(loaded, make_state(10))
+    assert "step_00000020 is damaged" in caplog.text
+
+
+def test_a_flipped_bit_anywhere_is_found(folder: CellFolder) -> None:
+    for name in ("state.safetensors", "state.json"):
+        path = folder.checkpoint(20) / name
+        content = path.read_bytes()
+        for position in range(0, len(content), max(len(content) // 40, 1)):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << (position % 8)
+            path.write_bytes(flipped)
+            loaded = load_latest(folder, CELL, "hash", "cpu")
+            assert loaded is not None
+            assert loaded.step == 10
+        path.write_bytes(content)
+
+
+def test_a_missing_file_falls_back(folder: CellFolder) -> None:
+    (folder.checkpoint(20) / "state.json").unlink()
+    loaded = load_latest(folder, CELL, "hash", "cpu")
+    assert loaded is not None
+    assert loaded.step == 10
+
+
+def test_no_whole_checkpoint_says_what_to_delete(folder: CellFolder) -> None:
+    for step in (10, 20):
+        (folder.checkpoint(step) / "state.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=f"delete {folder.checkpoints}"):
+        load_latest(folder, CELL, "hash", "cpu")
+
+
+def test_the_checkpoint_of_another_cell_is_refused(folder: CellFolder) -> None:
+    with pytest.raises(CheckpointError, match="belongs to another run: its cell_id"):
+        load_latest(folder, make_cell(seed=1), "hash", "cpu")
+
+
+def test_the_checkpoint_of_another_text_is_refused(folder: CellFolder) -> None:
+    with pytest.raises(CheckpointError, match="belongs to another run: its tokens_hash"):
+        load_latest(folder, CELL, "other", "cpu")
+
+
+def test_a_half_written_folder_does_not_count(folder: CellFolder) -> None:
+    shutil.copytree(folder.checkpoint(20), folder.checkpoints / ".step_00000099.x.tmp")
+    (folder.checkpoints / "step_junk").mkdir()
+    assert folder.checkpoint_steps() == [10, 20]
+
+
+def test_nothing_is_left_of_a_save_that_failed(folder: CellFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sweep.checkpoint.write_json", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(make_state(30), folder, CELL, "hash")
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000010", "step_00000020"]
+
+
+def test_a_consistent_checkpoint_of_other_shapes_is_refused(folder: CellFolder) -> None:
+    path = folder.checkpoint(20)
+    save(make_state(20), folder, make_cell(dict_size=128), "hash")
+    about = json.loads((path / "state.json").read_text())
+    assert about["cell_id"] != CELL.cell_id
+    with pytest.raises(CheckpointError, match="not \\(32, 128\\)"):
+        load_latest(folder, make_cell(dict_size=128), "hash", "cpu")

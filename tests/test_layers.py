@@ -1,0 +1,154 @@
+"""Who may import whom, read off the source: data flows one way, and start-up stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS: list[set[str]] = [
+    {"sweep", "sweep.errors", "sweep.progress"},
+    {"sweep.revisions"},
+    {"sweep.config", "sweep.paths"},
+    {"sweep.options", "sweep.status", "sweep.provenance", "sweep.summary"},
+    {"sweep.results", "sweep.schedule", "sweep.text", "sweep.baselines", "sweep.baselines.published"},
+    {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
+    {"sweep.language_model", "sweep.state"},
+    {"sweep.activations", "sweep.step", "sweep.step.loss", "sweep.step.update", "sweep.checkpoint", "sweep.metrics"},
+    {"sweep.step.reference", "sweep.blocks", "sweep.initialise", "sweep.finish"},
+    {"sweep.train", "sweep.evaluate"},
+    {"sweep.gang"},
+    {"sweep.commit"},
+    {"sweep.job"},
+    {"sweep.launch", "sweep.launch.help", "sweep.launch.plan", "sweep.launch.cost"},
+    {"sweep.launch.register", "sweep.launch.console"},
+    {"sweep.launch.launch"},
+    {"sweep.launch._plugins.hydra_plugins.sweep_launcher", "sweep_runner"},
+]
+"""Low to high: a module imports only from layers below its own, or its neighbours where NEIGHBOURS says so."""
+
+NEIGHBOURS = {("sweep.launch.console", "sweep.launch.plan"), ("sweep.step.loss", "sweep.step")}
+
+TORCH_FREE = {
+    module
+    for layer in LAYERS
+    for module in layer
+    if module.startswith(("sweep.launch", "sweep.baselines"))
+    or module
+    in {
+        "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
+        "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
+        "sweep.text", "sweep.tokens",
+    }
+}  # fmt: skip
+HEAVY = {"torch", "transformer_lens", "transformers", "datasets", "safetensors.torch"}
+
+ANALYSIS_MAY_USE = {"sweep.results", "sweep.config", "sweep.options", "sweep.paths", "sweep.errors", "sweep.baselines",
+                    "sweep.baselines.published"}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules(*folders: str) -> dict[str, Path]:
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {module_name(path): path for path in files}
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Modules a file imports; at run time and at its top level, or anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(top_level(tree)) if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top_level(tree: ast.AST) -> list[ast.AST]:
+    """Statements that run on import: not in functions, not under TYPE_CHECKING."""
+    found: list[ast.AST] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        found += [node, *top_level(node)]
+    return found
+
+
+def level(module: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if module in layer)
+
+
+OURS = modules("sweep") | {"sweep_runner": ROOT / "sweep_runner.py"}
+
+
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    assert {module for layer in LAYERS for module in layer} == set(OURS)
+
+
+@pytest.mark.parametrize("module", sorted(OURS))
+def test_modules_import_only_from_lower_layers(module: str) -> None:
+    used = {name for name in imports(OURS[module]) if name in OURS}
+    if module == "sweep.launch.launch":
+        used -= {"sweep.job"}  # imported in the body of the backend that runs it
+    wrong = {name for name in used if level(name) >= level(module) and (module, name) not in NEIGHBOURS}
+    assert not wrong, f"{module} imports {wrong}"
+
+
+@pytest.mark.parametrize("module", sorted(TORCH_FREE) + sorted(modules("analysis")))
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    path = OURS.get(module) or modules("analysis")[module]
+    heavy = {name for name in imports(path, top_level_only=True) if name.split(".")[0] in HEAVY or name in HEAVY}
+    not_light = {name for name in imports(path, top_level_only=True) if name in set(OURS) - TORCH_FREE}
+    assert not heavy | not_light
+
+
+@pytest.mark.parametrize("module", sorted(modules("analysis")))
+def test_analysis_uses_only_names_and_schema(module: str) -> None:
+    used = {name for name in imports(modules("analysis")[module]) if name in OURS}
+    assert used <= ANALYSIS_MAY_USE | {"sweep"}
+
+
+@pytest.mark.parametrize("module", ["sweep_runner", "analysis", "sweep.launch.launch"])
+def test_start_up_loads_no_torch(module: str) -> None:
+    code = f"import {module}, sys; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_stay_small() -> None:
+    everything = modules("sweep", "analysis") | {"sweep_runner": ROOT / "sweep_runner.py"}
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in everything.items()}
+    assert lines["sweep_runner"] < 50
+    assert max(lines.values()) <= 400, max(lines, key=lambda name: lines[name])
+
+
+@pytest.mark.parametrize("module", sorted(OURS))
+def test_no_foreign_object_is_unpickled_or_instantiated(module: str) -> None:
+    tree = ast.parse(OURS[module].read_text(encoding="utf-8"))
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)}
+    assert not imports(OURS[module]) & {"pickle", "joblib", "dill", "cloudpickle", "yaml"}
+    assert not names & {"torch.load", "torch.save", "hydra.utils", "eval", "exec", "instantiate"}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) == "np.load":
+            assert "allow_pickle=False" in ast.unparse(call)
+        assert "trust_remote_code=True" not in ast.unparse(call)
+
+
+def test_broad_excepts_stand_in_job_and_gang_only() -> None:
+    def broad(module: str) -> bool:
+        handlers = [n for n in ast.walk(ast.parse(OURS[module].read_text())) if isinstance(n, ast.ExceptHandler)]
+        reraised = [h for h in handlers if h.type is None or ast.unparse(h.type) in ("Exception", "BaseException")]
+        return any(not isinstance(handler.body[-1], ast.Raise) for handler in reraised)
+
+    assert {module for module in OURS if broad(module)} == {"sweep.job", "sweep.gang"}
