@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from sweep.activations import Batch, Read
-from sweep.config import Data, Model, Site
+from sweep.config import Data, Model, Site, StreamConfig
 from sweep.language_model import Activations, LanguageModel
 from sweep.paths import CacheFolder, write_atomic
 from sweep.progress import Report
-from sweep.tokens import ROWS_PER_BLOCK, TokenFile
+from sweep.tokens import ROWS_PER_BLOCK, TokenFile, row_bytes, row_counts
 
-__all__ = ["CachedBlocks", "HarvestedBlocks", "cache_bytes", "cache_fits"]
+__all__ = ["CachedBlocks", "HarvestedBlocks", "with_cache"]
 
 BLOCKS_VERSION = 1
 
@@ -46,14 +46,18 @@ class HarvestedBlocks:
         """Tokens that went through the language model so far."""
         return 0 if self._language_model is None else self._language_model.n_tokens_seen
 
+    def language_model(self) -> LanguageModel:
+        """The language model, loaded now if need be."""
+        if self._language_model is None:
+            self._language_model = self._load()
+        return self._language_model
+
     def count(self, split: str) -> int:
         return -(-len(self._rows(split)) // ROWS_PER_BLOCK)
 
     def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
-        if self._language_model is None:
-            self._language_model = self._load()
         rows = self._rows(split)[block * ROWS_PER_BLOCK : (block + 1) * ROWS_PER_BLOCK]
-        batch = self._language_model.harvest(torch.from_numpy(rows.astype("int64")), sites)
+        batch = self.language_model().harvest(torch.from_numpy(rows.astype("int64")), sites)
         self._report("language model", self.n_tokens_seen, max(self.n_expected, self.n_tokens_seen), "tokens")
         return batch
 
@@ -62,7 +66,7 @@ class HarvestedBlocks:
         return sum(ROWS_PER_BLOCK for _ in reads) * self.tokens.train.shape[1]
 
     def _rows(self, split: str) -> NDArray:  # type: ignore[type-arg]
-        return getattr(self.tokens, split)  # type: ignore[no-any-return]
+        return getattr(self.tokens, split)
 
 
 class CachedBlocks:
@@ -124,13 +128,20 @@ class CachedBlocks:
         write_atomic(path, save({"source": activations.source.cpu(), "target": activations.target.cpu()}))
 
 
-def cache_bytes(model: Model, data: Data, n_rows: int, n_sites: int) -> int:
-    """Size of a stream's activations on disk."""
-    itemsize = {"float32": 4, "bfloat16": 2}[data.activation_dtype]
-    return n_rows * (data.seq_len - 1) * (model.d_in + model.d_out) * itemsize * n_sites
-
-
-def cache_fits(cache: CacheFolder, n_bytes: int, cache_gib: float) -> bool:
-    """Whether a cache of this size is within `cache_gib` and leaves a tenth of the free disk."""
+def with_cache(
+    harvested: HarvestedBlocks,
+    config: StreamConfig,
+    sites: Collection[Site],
+    model_hash: str,
+    device: str,
+    cache: CacheFolder,
+    cache_gib: float,
+) -> CachedBlocks | HarvestedBlocks:
+    """The blocks with a cache in front, unless the stream needs more than `cache_gib` or 90% of the free disk."""
+    n_bytes = sum(row_counts(config.data).values()) * row_bytes(config.model, config.data) * len(sites)
     cache.root.mkdir(parents=True, exist_ok=True)
-    return n_bytes <= min(cache_gib * 2**30, 0.9 * shutil.disk_usage(cache.root).free)
+    if n_bytes > min(cache_gib * 2**30, 0.9 * shutil.disk_usage(cache.root).free):
+        log.info("activations (%.1f GiB) are not cached: cache_gib=%g", n_bytes / 2**30, cache_gib)
+        return harvested
+    key = CachedBlocks.key(config.model, config.data, model_hash, harvested.tokens.hash, device)
+    return CachedBlocks(harvested, cache.activations(key), device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweep.config import Cell, cell_from_json
+from sweep.config import Cell, Site, cell_from_json
 from sweep.errors import Diverged, SweepError
 from sweep.evaluate import Evaluation
 from sweep.paths import CellFolder, ResultsFolder, try_lock
@@ -63,6 +63,15 @@ class Gang:
 
     members: list[Member]
     failed: list[Member] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        return list(dict.fromkeys(member.cell.site for member in self.members))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest member."""
+        return max((member.cell.schedule.steps for member in self.members), default=0)
 
     def attempt(self, member: Member, action: Callable[[], None]) -> bool:
         """Run the action; on any error record class, message and traceback, and let the member go."""

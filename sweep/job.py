@@ -9,7 +9,6 @@ Broad excepts stand here and in `gang.py`, and nowhere else.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ import torch
 
 from sweep import checkpoint
 from sweep.activations import ActivationStream
-from sweep.blocks import CachedBlocks, HarvestedBlocks, cache_bytes, cache_fits
+from sweep.blocks import HarvestedBlocks, with_cache
 from sweep.commit import Workplace, commit
-from sweep.config import Cell
 from sweep.errors import Interrupted, SweepError
 from sweep.evaluate import evaluate
 from sweep.finish import finish
@@ -31,12 +29,10 @@ from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Report
 from sweep.revisions import weights_hash
-from sweep.tokens import prepare_tokens, row_counts
+from sweep.tokens import prepare_tokens
 from sweep.train import Run, train
 
 __all__ = ["run_gang"]
-
-log = logging.getLogger(__name__)
 
 
 def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: Callable[[], bool]) -> None:
@@ -74,7 +70,7 @@ def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: 
 
 def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report) -> None:
     """The life of a gang from prepared text to committed rows."""
-    place = prepare([member.cell for member in gang.members], workflow, report)
+    place = prepare(gang, workflow, report)
     gang.attempt_all(lambda member: start(member, place, workflow))
     runs = {id(member.run): member for member in gang.members}
     train(
@@ -88,10 +84,10 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report)
     gang.attempt_all(lambda member: commit(member, results, place, workflow))
 
 
-def prepare(cells: Sequence[Cell], workflow: Workflow, report: Report) -> Workplace:
-    """Model folder, token file, blocks and stream for the cells of one gang."""
+def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
+    """Model folder, token file, blocks and stream. A member whose hooks the model lacks leaves here."""
     started = time.monotonic()
-    config = cells[0].stream
+    config = gang.members[0].cell.stream
     device = pick_device(workflow.device)
     cache = CacheFolder(Path(workflow.cache_dir))
     folder = ensure_model_folder(config.model, cache, report)
@@ -100,23 +96,17 @@ def prepare(cells: Sequence[Cell], workflow: Workflow, report: Report) -> Workpl
 
     def load() -> LanguageModel:
         report("load language model", 0, 0, "")
-        model = load_language_model(config.model, folder, device, getattr(torch, config.data.activation_dtype))
-        for site in sites:
-            model.check(site, config.model.d_in, config.model.d_out)
-        return model
+        return load_language_model(config.model, folder, device, getattr(torch, config.data.activation_dtype))
 
-    sites = list(dict.fromkeys(cell.site for cell in cells))
     harvested = HarvestedBlocks(tokens, load, report)
-    n_bytes = cache_bytes(config.model, config.data, sum(row_counts(config.data).values()), len(sites))
-    if cache_fits(cache, n_bytes, workflow.cache_gib):
-        key = CachedBlocks.key(config.model, config.data, model_hash, tokens.hash, device)
-        blocks: CachedBlocks | HarvestedBlocks = CachedBlocks(harvested, cache.activations(key), device)
-    else:
-        log.info("activations (%.1f GiB) are not cached; cache_gib=%g", n_bytes / 2**30, workflow.cache_gib)
-        blocks = harvested
-    stream = ActivationStream(config, blocks, sites)
-    harvested.n_expected = blocks.n_missing(stream.reads(max(cell.schedule.steps for cell in cells)), sites)
-    return Workplace(stream, harvested, tokens, model_hash, device, started, len(cells))
+    blocks = with_cache(harvested, config, gang.sites, model_hash, device, cache, workflow.cache_gib)
+    reads = ActivationStream(config, blocks, gang.sites).reads(gang.steps)
+    harvested.n_expected = blocks.n_missing(reads, gang.sites)
+    if harvested.n_expected:
+        model = harvested.language_model()
+        gang.attempt_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
+    stream = ActivationStream(config, blocks, gang.sites)
+    return Workplace(stream, harvested, tokens, model_hash, device, started, len(gang.members))
 
 
 def pick_device(device: str) -> str:
@@ -144,8 +134,7 @@ def start(member: Member, place: Workplace, workflow: Workflow) -> None:
 
 
 def report_training(gang: Gang, step: int, report: Report) -> None:
-    steps = max((member.cell.schedule.steps for member in gang.members), default=step)
-    report("train", step, steps, "steps")
+    report("train", step, max(gang.steps, step), "steps")
 
 
 def calibrate(gang: Gang, place: Workplace, report: Report) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "TokenFile",
     "Tokenizer",
     "prepare_tokens",
+    "row_bytes",
     "row_counts",
     "split_of",
 ]
@@ -91,6 +92,12 @@ def row_counts(data: Data) -> dict[Split, int]:
         unit = rows_per_unit(split)
         counts[split] = -(-getattr(data, key) // ((data.seq_len - 1) * unit)) * unit
     return counts
+
+
+def row_bytes(model: Model, data: Data) -> int:
+    """Size of the activations of one row at one site."""
+    itemsize = {"float32": 4, "bfloat16": 2}[data.activation_dtype]
+    return (data.seq_len - 1) * (model.d_in + model.d_out) * itemsize
 
 
 def rows_per_unit(split: Split) -> int:

@@ -194,3 +194,25 @@ def test_threshold_gives_the_asked_l0_on_held_out_rows(tmp_path: Path, cache: Ca
     for row in rows.iter_rows(named=True):
         assert row["l0"] == pytest.approx(row["top_k"], rel=0.1)
         assert row["threshold"] > 0
+
+
+def test_a_cell_whose_hook_the_model_lacks_leaves_before_the_first_step(
+    unbroken: ResultsFolder, tmp_path: Path
+) -> None:
+    lacking = make_cell(hook_in="blocks.1.mlp.hook_nonsense")
+    fresh = CacheFolder(tmp_path / "cache")
+    results = run_cells([lacking, gang_cells()[0]], make_workflow(tmp_path / "out", fresh))
+    same_bytes(unbroken, results, gang_cells()[0])
+    status = read_status(results.cell(lacking.cell_id))
+    assert (status.state, status.error["class"]) == ("failed", "ModelError")
+    assert "hook_in=blocks.1.mlp.hook_nonsense" in status.error["message"]
+
+
+def test_an_error_before_training_ends_in_every_status(tmp_path: Path, cache: CacheFolder) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    cells = [make_cell(dataset_path=str(tmp_path / "short.txt"), seed=seed) for seed in (0, 1)]
+    results = run_cells(cells, make_workflow(tmp_path / "out", cache))
+    for cell in cells:
+        status = read_status(results.cell(cell.cell_id))
+        assert (status.state, status.error["class"]) == ("failed", "DataError")
+    assert not list(results.table("runs").iterdir())

@@ -61,8 +61,9 @@ def show_plan(plan: Plan) -> None:
     for planned in plan.cells:
         counts[planned.action] = counts.get(planned.action, 0) + 1
     n_gangs = len(plan.gangs)
-    passes = f"; {n_gangs} language-model pass{'es' if n_gangs > 1 else ''}" if n_gangs else "; nothing to run"
-    out.print(f"{len(plan.cells)} cells: " + ", ".join(f"{n} {action}" for action, n in counts.items()) + passes)
+    passes = plural(n_gangs, "language-model pass", "es") if n_gangs else "nothing to run"
+    summary = ", ".join(f"{n} {action}" for action, n in counts.items())
+    out.print(f"{plural(len(plan.cells), 'cell')}: {summary}; {passes}")
 
 
 def show_cost(costs: Sequence[Cost], flops_per_second: float) -> None:
@@ -100,8 +101,12 @@ def sort_key(value: float | None) -> float:
 def show_failures(failures: Mapping[str, Sequence[str]], results: ResultsFolder) -> None:
     """Each reason once, with the cells it stopped and where to read more."""
     for reason, cell_ids in failures.items():
-        cells = f"cell {cell_ids[0]}" if len(cell_ids) == 1 else f"{len(cell_ids)} cells ({', '.join(cell_ids)})"
+        cells = f"{plural(len(cell_ids), 'cell')} ({', '.join(cell_ids)})"
         problem(f"{cells} {reason}\n    more in {results.cell(cell_ids[0]).log}")
+
+
+def plural(n: int, word: str, ending: str = "s") -> str:
+    return f"{n} {word}{ending if n != 1 else ''}"
 
 
 def readable(value: Any) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sweep.config import Cell
-from sweep.tokens import row_counts
+from sweep.tokens import row_bytes, row_counts
 
 __all__ = ["Cost", "gang_cost", "machine_flops"]
 
@@ -30,9 +30,7 @@ def gang_cost(gang: Sequence[Cell], cache_gib: float) -> Cost:
     model, data = stream.model, stream.data
     rows = row_counts(data)
     sites = {cell.site for cell in gang}
-    itemsize = 4 if data.activation_dtype == "float32" else 2
-    site_bytes = (data.seq_len - 1) * (model.d_in + model.d_out) * itemsize * len(sites)
-    cached = sum(rows.values()) * site_bytes
+    cached = sum(rows.values()) * row_bytes(model, data) * len(sites)
     fits = cached <= cache_gib * 2**30
     longest = max(cell.schedule.steps for cell in gang)
     epochs = -(-longest * stream.batch_size // (rows["train"] * (data.seq_len - 1)))

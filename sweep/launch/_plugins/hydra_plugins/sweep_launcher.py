@@ -47,7 +47,7 @@ class SweepLauncher(Launcher):
         """The cell's overrides with its flat options, or with Hydra's words on why there are none."""
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            options = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             plain = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause = f"{error}" if error.__cause__ is None else f"{error.__cause__}"

@@ -1,0 +1,220 @@
+"""The program as a user runs it: real processes, the real command line, the tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from gangs import same_bytes
+
+from sweep.config import cell_from_json
+from sweep.paths import CacheFolder, ResultsFolder
+
+ROOT = Path(__file__).parents[1]
+GRID = ("model=tiny", "dict_size=64,128", "top_k=4,8", "steps=30")
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def analysis(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "analysis", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The README's tiny sweep, run once from another folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder / "out", run("-m", *GRID, "results_dir=out", cwd=folder)
+
+
+def test_a_sweep_trains_evaluates_and_ranks(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = swept
+    assert done.returncode == 0, done.stderr
+    assert "4 cells: 4 new; 1 language-model pass" in done.stdout
+    assert "Traceback" not in done.stderr
+    rows = pl.read_parquet(sorted((out / "runs").glob("*.parquet")))
+    assert sorted(rows.select("dict_size", "top_k").rows()) == [(64, 4), (64, 8), (128, 4), (128, 8)]
+    assert rows["fvu"].is_between(0.05, 0.95).all()
+    for row in rows.iter_rows(named=True):
+        assert row["l0"] == pytest.approx(row["top_k"], rel=0.1)
+        cell = out / "cells" / row["cell_id"]
+        assert {path.name for path in cell.iterdir()} - {".lock"} == {
+            "config.json", "status.json", "metrics.json", "summary.txt", "log.txt", "transcoder",
+        }  # fmt: skip
+        assert json.loads((cell / "metrics.json").read_text())["fvu"] == row["fvu"]
+        assert cell_from_json((cell / "config.json").read_text()).cell_id == row["cell_id"]
+        for table in ("curves", "latents", "sequences"):
+            assert pl.read_parquet(out / table / f"{row['cell_id']}.parquet").height > 0
+
+
+def test_a_sweep_leaves_nothing_surprising(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = swept
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert {path.name for path in out.iterdir()} == {
+        "README.txt", "runs", "curves", "latents", "sequences", "cells", "sweeps", "cache",
+    }  # fmt: skip
+    (sweep,) = (out / "sweeps").iterdir()
+    record = json.loads(sweep.read_text())
+    assert len(record["cell_ids"]) == 4
+    assert "dict_size=64,128" in record["command"]
+
+
+def test_the_same_command_again_runs_nothing(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = swept
+    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    done = run("-m", *GRID, f"results_dir={out}")
+    assert done.returncode == 0
+    assert "4 cells: 4 done; nothing to run" in done.stdout
+    assert before == {path: path.read_bytes() for path in out.rglob("*.parquet")}
+
+
+def test_one_cell_without_multirun_takes_the_same_path(
+    swept: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = swept
+    again = run("model=tiny", "dict_size=64", "top_k=4", "steps=30", f"results_dir={out}", cwd=tmp_path)
+    assert "1 cell: 1 done" in again.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_and_query_answer_from_the_folder(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = swept
+    ranked = analysis("rank", str(out))
+    assert ranked.returncode == 0, ranked.stderr
+    assert "no published baseline" in ranked.stdout.lower()
+    queried = analysis("query", str(out), "select dict_size, top_k, fvu, l0 from runs order by fvu", "--json")
+    rows = json.loads(queried.stdout)
+    assert len(rows) == 4
+    assert [row["fvu"] for row in rows] == sorted(row["fvu"] for row in rows)
+
+
+def test_dry_run_plans_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("-m", *GRID, "results_dir=out", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "4 cells: 4 new" in done.stdout
+    assert "tokens through the language model" in done.stdout
+    assert "memory up to" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_shows_duplicates_and_they_run_once(tmp_path: Path) -> None:
+    done = run("-m", "model=tiny", "dict_size=64", "top_k=4,4", "dry_run=true", cwd=tmp_path)
+    assert "1 new, 1 duplicate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nonsense=3"], 1, "Key 'nonsense' not in 'Options'"),
+        (["-m", "nonsense=3,4"], 2, "Key 'nonsense' not in 'Options'"),
+        (["dict_size=abc"], 1, "'abc' of type 'str' could not be converted to Integer"),
+        (["-m", "dict_size=64,abc"], 2, "'abc' of type 'str' could not be converted to Integer"),
+        (["-m", "dict_size=64", "top_k=4,99"], 2, "top_k=99 exceeds dict_size=64; choose at most 64"),
+        (["dict_size=64", "groups=[8,8,64]"], 2, "groups=[8, 8, 64] must increase"),
+        (["steps=-1"], 2, "steps=-1 must be at least 1"),
+        (["model=unknown"], 1, "Could not find 'model/unknown'"),
+        (["hook_in=mlp_in"], 2, "hook_in=mlp_in has two meanings"),
+        (["layer=3"], 2, "layer=3 does not exist: tiny has layers 0 to 2"),
+        (["-m", "results_dir=a,b"], 2, "results_dir=a,b cannot be swept"),
+        (["device=tpu"], 2, "device=tpu is not a device"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    flag, rest = (["-m"], arguments[1:]) if arguments[0] == "-m" else ([], arguments)
+    model = [] if rest[0].startswith("model=") else ["model=tiny"]
+    small = [value for value in ("dict_size=64", "top_k=4") if not any(a.startswith(value[:6]) for a in rest)]
+    done = run(*flag, *model, *small, *rest, cwd=tmp_path)
+    text = " ".join(done.stderr.split())
+    assert done.returncode == code
+    assert message in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = run("model=tiny", "dict_size=64", "top_k=4", f"results_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "holds files that are not results of a sweep" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("just a line", "too short")])
+def test_text_that_does_not_do_fails_with_a_message(
+    content: str, message: str, tmp_path: Path, cache: CacheFolder
+) -> None:
+    (tmp_path / "corpus.txt").write_text(content)
+    options = ["data=file", f"dataset_path={tmp_path / 'corpus.txt'}", f"cache_dir={cache.root}"]
+    done = run("model=tiny", "dict_size=64", "top_k=4", *options, f"results_dir={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert f"dataset=corpus.txt {message}" in done.stderr or message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out" / "runs").iterdir())
+
+
+def test_a_damaged_checkpoint_is_a_message_with_the_fix(tmp_path: Path, cache: CacheFolder) -> None:
+    command = ["experiment=smoke", f"cache_dir={cache.root}", f"results_dir={tmp_path}", "checkpoint_steps=7"]
+    assert run(*command, "keep_checkpoints=true").returncode == 0
+    (row,) = (tmp_path / "runs").iterdir()
+    row.unlink()
+    for path in tmp_path.glob("cells/*/checkpoints/*/state.safetensors"):
+        path.write_bytes(b"junk")
+    done = run(*command)
+    assert done.returncode == 1
+    assert "no checkpoint of cell" in done.stderr
+    assert "delete" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+LONG = ("experiment=smoke", "steps=3000", "epochs=1", "checkpoint_steps=50", "keep_checkpoints=true")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_resumes_to_the_same_bytes(
+    number: signal.Signals, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    arguments = [*LONG, f"cache_dir={cache.root}", f"results_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cells/*/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130
+        assert "To go on:" in errors
+    assert not list((tmp_path / "runs").iterdir())
+    planned = run(*arguments, "dry_run=true")
+    assert "1 resume" in planned.stdout
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    (config,) = tmp_path.glob("cells/*/config.json")
+    same_bytes(unbroken, ResultsFolder(tmp_path), cell_from_json(config.read_text()))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> ResultsFolder:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run(*LONG, f"cache_dir={cache.root}", f"results_dir={folder}").returncode == 0
+    return ResultsFolder(folder)
+
+
+def test_help_explains_options_by_group() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for part in ("Usage:", "Examples", "Capacity", "Schedule", "Workflow", "dict_size=4608", "Exit codes"):
+        assert part in done.stdout
