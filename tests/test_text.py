@@ -1,0 +1,153 @@
+"""Documents: always the same ones in the same order, read no further than they are used."""
+
+import ast
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make import make_cell
+
+from sweep import text
+from sweep.config import Data
+from sweep.errors import DataError
+from sweep.text import documents, without_known_lines
+
+ROOT = Path(__file__).parents[1]
+
+
+def file_data(path: Path, **overrides: Any) -> Data:
+    return make_cell(dataset_path=str(path), **overrides).data
+
+
+def test_docstrings_are_long_texts_of_installed_packages() -> None:
+    found = list(islice(documents(make_cell().data), 50))
+    assert len(set(found)) == 50
+    assert all(len(document) > 200 for document in found)
+
+
+def test_docstrings_read_no_more_files_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    real = text.docstrings_in
+    monkeypatch.setattr(text, "docstrings_in", lambda path: opened.append(path) or real(path))
+    list(islice(documents(make_cell().data), 5))
+    assert 1 <= len(opened) < 60
+
+
+def test_docstrings_come_in_the_same_order_in_every_process() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from itertools import islice; from make import make_cell; from sweep.text import documents; import hashlib\n"
+        "print(hashlib.sha256(repr(list(islice(documents(make_cell().data), 40))).encode()).hexdigest())"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(hashes) == 1
+
+
+def test_docstrings_of_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_cell().data
+    monkeypatch.setattr(text, "docstrings_revision", lambda: "0" * 64)
+    with pytest.raises(DataError, match="their versions changed"):
+        next(documents(data))
+
+
+def test_long_lines_come_once() -> None:
+    seen: set[bytes] = set()
+    line = "x (`int`): the same words that stand in a hundred places"
+    assert without_known_lines(f"First.\n    {line}\nReturns:", seen) == f"First.\n    {line}\nReturns:"
+    assert without_known_lines(f"Second.\n{line}\nReturns:", seen) == "Second.\nReturns:"
+
+
+@given(st.lists(st.lists(st.sampled_from(["a" * 30, "b" * 40, "short", ""]), max_size=5), max_size=6))
+def test_without_known_lines_keeps_each_long_line_exactly_once(texts: list[list[str]]) -> None:
+    seen: set[bytes] = set()
+    kept = [line for lines in texts for line in without_known_lines("\n".join(lines), seen).split("\n")]
+    for line in ("a" * 30, "b" * 40):
+        assert kept.count(line) == (1 if any(line in lines for lines in texts) else 0)
+
+
+def test_docstrings_in_finds_modules_classes_and_functions(tmp_path: Path) -> None:
+    words = {name: f"{name} " * 60 for name in ("module", "klass", "method", "function")}
+    path = tmp_path / "m.py"
+    path.write_text(
+        f'"""{words["module"]}"""\nclass K:\n    """{words["klass"]}"""\n    def m(self):\n'
+        f'        """{words["method"]}"""\nasync def f():\n    """{words["function"]}"""\ndef g():\n    """short"""\n'
+    )
+    assert {document.split()[0] for document in text.docstrings_in(path)} == set(words)
+    assert ast.parse(path.read_text())
+
+
+@pytest.mark.parametrize("content", [b"def f(:", b"\x00", b"\xff\xfe\x00"])
+def test_docstrings_in_skips_what_is_no_python(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.py"
+    path.write_bytes(content)
+    assert list(text.docstrings_in(path)) == []
+
+
+def test_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("one\ntwo\n\n\n  \nthree\n")
+    assert list(documents(file_data(path))) == ["one\ntwo", "three"]
+
+
+def test_jsonl_and_parquet_files_give_their_column(tmp_path: Path) -> None:
+    values = ["one", "  ", "zwei ü", "three\n\nstill three"]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"body": value}) for value in values) + "\n\n")
+    pl.DataFrame({"body": values}).write_parquet(tmp_path / "c.parquet")
+    for name in ("c.jsonl", "c.parquet"):
+        found = list(documents(file_data(tmp_path / name, text_column="body")))
+        assert found == [value for value in values if value.strip()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.jsonl", b'{"text": "a"}\n{"other": "b"}\n', "text_column"),
+        ("c.jsonl", b'{"text": "a"}\nnot json\n', "line 2"),
+        ("c.jsonl", b'{"text": 3}\n', "line 1"),
+        ("c.jsonl", b"[1]\n", "line 1"),
+        ("c.txt", b"\xff\xfe\xff", "c.txt"),
+        ("c.parquet", b"not parquet", "c.parquet"),
+    ],
+)
+def test_an_unreadable_file_is_named_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(documents(file_data(tmp_path / name)))
+
+
+def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path) -> None:
+    pl.DataFrame({"body": ["a"]}).write_parquet(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"text_column=text.*body"):
+        list(documents(file_data(tmp_path / "c.parquet")))
+
+
+def test_a_file_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("one")
+    data = file_data(path)
+    path.write_text("two")
+    with pytest.raises(DataError, match=r"c\.txt"):
+        list(documents(data))
+
+
+def test_hub_without_network_names_the_offline_text() -> None:
+    data = make_cell(dataset="someone/corpus", dataset_format="hub", dataset_revision="abc").data
+    with pytest.raises(DataError, match="data=docstrings"):
+        next(documents(data))
