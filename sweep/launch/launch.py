@@ -145,8 +145,11 @@ def tell(plan: Plan, results: ResultsFolder) -> int:
             metrics[cell_id] = read_metrics(folder.metrics)
             continue
         status = read_status(folder)
-        message = status.error.get("message") or f"is {status.state}"
-        failures.setdefault(f"{status.state}: {message}", []).append(cell_id)
+        if planned.action == "running":
+            reason = f"not run here: {planned.reason}; give the command again when it is done"
+        else:
+            reason = f"{status.state}: {status.error.get('message', 'ended without a word')}"
+        failures.setdefault(reason, []).append(cell_id)
     console.show_results(plan.unique, metrics)
     console.show_failures(failures, results)
     if metrics:

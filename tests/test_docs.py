@@ -1,0 +1,48 @@
+"""Documents that cannot lie: they name what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_cli import GRID
+from test_layers import OURS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_readme_shows_the_tiny_command_that_is_tested() -> None:
+    assert f"python sweep_runner.py -m {' '.join(GRID)} results_dir=out" in (ROOT / "README.md").read_text()
+
+
+def test_readme_names_every_preset() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "conf").glob("*/*.yaml"):
+        assert f"`{path.stem}`" in text, f"{path.parent.name}={path.stem}"
+
+
+def test_structure_names_every_module() -> None:
+    text = (ROOT / "docs" / "structure.md").read_text()
+    for module in OURS:
+        assert module.rsplit(".", 1)[-1] in text, module
+
+
+def test_readme_options_exist() -> None:
+    from sweep.options import option_fields
+
+    names = {name for _, name, _, _ in option_fields()} | {"model", "data", "capacity", "schedule", "revival"}
+    for line in re.findall(r"^python sweep_runner\.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        for key in re.findall(r"(\w+)=", line.partition("#")[0]):
+            assert key in names | {"experiment"}
+
+
+def test_changelog_begins_with_this_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
