@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,6 @@ from torch import Tensor
 from sweep.config import Model, Site
 from sweep.errors import ModelError
 from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
-from sweep.revisions import sha256_of_file
 
 __all__ = [
     "Activations",
@@ -34,6 +32,9 @@ __all__ = [
 
 NEAR_MLP = ("hook_resid_mid", "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out")
 """Hooks of a block that a transcoder of its MLP might read or predict, from the first to fire to the last."""
+
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")
+"""Files that hold a tokenizer. Without one, transformers gives some models a tokenizer that knows no word at all."""
 
 
 class Activations(NamedTuple):
@@ -69,6 +70,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
+    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        raise ModelError(f"{folder} has no tokenizer that can be read (no {', '.join(VOCABULARIES)}); save one there")
     try:
         with quiet_transformers():
             backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -88,21 +91,12 @@ class LanguageModel:
         device: where it runs, and where activations come out.
     """
 
-    def __init__(self, bridge: Any, model: Model, folder: Path, activation_dtype: torch.dtype) -> None:
+    def __init__(self, bridge: Any, model: Model, activation_dtype: torch.dtype) -> None:
         self.n_tokens_seen = 0
         self.device = torch.device(bridge.cfg.device)
         self._bridge = bridge
         self._name = model.model
-        self._folder = folder
         self._activation_dtype = activation_dtype
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """sha256 over names and contents of the safetensors files; taken on first use (1 GB: seconds)."""
-        digest = hashlib.sha256()
-        for path in sorted(self._folder.glob("*.safetensors")):
-            digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
-        return digest.hexdigest()
 
     def check(self, site: Site, d_in: int, d_out: int) -> None:
         """Hold a site against the loaded model, with a pass over two tokens that are not counted.
@@ -222,4 +216,4 @@ def load_language_model(
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
     bridge.eval()
     bridge.requires_grad_(False)
-    return LanguageModel(bridge, model, folder, activation_dtype)
+    return LanguageModel(bridge, model, activation_dtype)

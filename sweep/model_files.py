@@ -9,6 +9,8 @@ What is made is made once, under a lock, and is whole or not there at all.
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -145,8 +147,8 @@ def _byte_tokenizer() -> Any:
     symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -212,12 +214,24 @@ def _dequantize(folder: Path) -> None:
 
     source = str(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
-    network = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
+    with _without_bars(importlib.import_module("transformers.modeling_gguf_pytorch_utils")):
+        network: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
     del network.config.quantization_config  # the saved weights are no longer quantized
     network.hf_quantizer = None
     network.is_quantized = False
     network.save_pretrained(source)
     tokenizer.save_pretrained(source)
+
+
+@contextlib.contextmanager
+def _without_bars(module: Any) -> Iterator[None]:
+    """Hide the bars of a module that calls tqdm itself, past the settings of transformers' own logging."""
+    tqdm = module.tqdm
+    module.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = tqdm
 
 
 # --- hub ----------------------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def json_lines(path: Path, column: str) -> Iterator[str]:
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
     """The text column of a Parquet file, decoded a few rows at a time."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     row = 0
     try:

@@ -17,7 +17,7 @@ TINY = Model(
     n_layers=3,
     d_in=32,
     d_out=32,
-    n_body_params=28_032,
+    n_body_params=28_064,
 )
 
 OPTIONS: dict[str, Any] = {

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 GRID = ("model=tiny", "dict_size=64,128", "top_k=4,8", "steps=30")
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def analysis(*arguments: str) -> subprocess.CompletedProcess[str]:

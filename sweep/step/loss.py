@@ -45,8 +45,9 @@ def transcoder_loss(
     latents = select(pre, capacity)
     reconstruction = params.b_dec.expand_as(target)
     prefixes = []
-    for start, end in capacity.spans:
-        reconstruction = reconstruction + latents[:, start:end] @ params.W_dec[start:end]
+    widths = [end - start for start, end in capacity.spans]
+    for part, rows in zip(latents.split(widths, dim=1), params.W_dec.split(widths), strict=True):
+        reconstruction = reconstruction + part @ rows
         prefixes.append((reconstruction - target).square().mean())
     total = torch.stack(prefixes).mean()
     aux = None
