@@ -23,7 +23,7 @@ from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
 from sweep.tokens import ROWS_PER_BLOCK
 
-__all__ = ["ActivationStream", "Batch", "Blocks", "permutation"]
+__all__ = ["ActivationStream", "Batch", "Blocks", "Demand", "Read", "permutation"]
 
 BLOCKS_PER_WINDOW = 8
 """A constant of the stream's schema: 1,024 sequences of 128 tokens mix well and 16k tokens fit any memory."""
@@ -85,12 +85,15 @@ class ActivationStream:
         """The blocks of the calibration or held-out split, in order."""
         return (self.blocks.read(split, block, self.sites) for block in range(self.blocks.count(split)))
 
-    def reads(self, n_batches: int) -> Iterator[Read]:
-        """Every block the first `n_batches` batches and the other splits ask for; one an epoch, if need be."""
-        last = self._locate(n_batches * self.config.batch_size - 1)[0]
-        yield from (("train", block) for number in range(last + 1) for block in self._blocks_of(number))
-        for split in ("calibration", "heldout"):
-            yield from ((split, block) for block in range(self.blocks.count(split)))
+    def demand(self, n_batches: int) -> "Demand":
+        """What the first `n_batches` batches, calibration and evaluation ask of the blocks."""
+        last, _ = self._locate(n_batches * self.config.batch_size - 1)
+        full_epochs, windows_of_last = divmod(last + 1, self.windows_per_epoch)
+        started = [self._blocks_of(full_epochs * self.windows_per_epoch + w) for w in range(windows_of_last)]
+        blocks = list(range(self.n_blocks)) if full_epochs else [block for window in started for block in window]
+        others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
+        n_train = full_epochs * self.n_blocks + sum(map(len, started))
+        return Demand(frozenset([*(("train", block) for block in blocks), *others]), n_train + len(others))
 
     def _window(self, number: int) -> "Window":
         """Window `number`, counted over all epochs. The last one read is kept."""
@@ -116,6 +119,14 @@ class ActivationStream:
         epoch, index = divmod(window, self.windows_per_epoch)
         n_tokens = len(self._blocks_of(window)) * self.block_tokens
         return permutation(n_tokens, self.config.data.data_seed, epoch, index + 1)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The distinct blocks a run reads, and how often it reads one: every epoch asks for all of them again."""
+
+    blocks: frozenset[Read]
+    n_reads: int
 
 
 @dataclass(frozen=True)

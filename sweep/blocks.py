@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from sweep.activations import Batch, Read
+from sweep.activations import Batch, Demand
 from sweep.config import Data, Model, Site, StreamConfig
 from sweep.language_model import Activations, LanguageModel
 from sweep.paths import CacheFolder, write_atomic
@@ -61,9 +61,9 @@ class HarvestedBlocks:
         self._report("language model", self.n_tokens_seen, max(self.n_expected, self.n_tokens_seen), "tokens")
         return batch
 
-    def n_missing(self, reads: Iterable[Read], sites: Collection[Site]) -> int:
-        """Tokens the language model must see for these reads."""
-        return sum(ROWS_PER_BLOCK for _ in reads) * self.tokens.train.shape[1]
+    def n_missing(self, demand: Demand, sites: Collection[Site]) -> int:
+        """Tokens the language model must see for this demand; at most, as the last block of a split may be short."""
+        return demand.n_reads * ROWS_PER_BLOCK * self.tokens.train.shape[1]
 
     def _rows(self, split: str) -> NDArray:  # type: ignore[type-arg]
         return getattr(self.tokens, split)
@@ -104,10 +104,10 @@ class CachedBlocks:
             found |= harvested
         return {site: activations for site, activations in found.items() if activations is not None}
 
-    def n_missing(self, reads: Iterable[Read], sites: Collection[Site]) -> int:
-        """Tokens the language model must see for these reads: each block once, and none that is on disk."""
-        new = {read for read in reads if not all(self._path(*read, site).exists() for site in sites)}
-        return self._blocks.n_missing(new, sites)
+    def n_missing(self, demand: Demand, sites: Collection[Site]) -> int:
+        """Tokens the language model must see: each block once, and none that is on disk."""
+        new = frozenset(read for read in demand.blocks if not all(self._path(*read, site).exists() for site in sites))
+        return self._blocks.n_missing(Demand(new, len(new)), sites)
 
     def _path(self, split: str, block: int, site: Site) -> Path:
         name = hashlib.sha256(json.dumps(asdict(site), sort_keys=True).encode()).hexdigest()[:10]

@@ -100,8 +100,8 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
 
     harvested = HarvestedBlocks(tokens, load, report)
     blocks = with_cache(harvested, config, gang.sites, model_hash, device, cache, workflow.cache_gib)
-    reads = ActivationStream(config, blocks, gang.sites).reads(gang.steps)
-    harvested.n_expected = blocks.n_missing(reads, gang.sites)
+    demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
+    harvested.n_expected = blocks.n_missing(demand, gang.sites)
     if harvested.n_expected:
         model = harvested.language_model()
         gang.attempt_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))

@@ -25,13 +25,13 @@ class CountingBlocks:
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
-        self.n_reads = 0
+        self.reads: list[tuple[str, int]] = []
 
     def count(self, split: str) -> int:
         return self.n_blocks if split == "train" else 1
 
     def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
-        self.n_reads += 1
+        self.reads.append((split, block))
         numbers = torch.arange(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS, dtype=torch.float32)[:, None]
         return {site: Activations(numbers, numbers + site.layer / 4) for site in sites}
 
@@ -104,15 +104,19 @@ def test_data_seed_changes_the_order() -> None:
     assert numbers(make_stream(data_seed=0).batch(0)) != numbers(make_stream(data_seed=1).batch(0))
 
 
-def test_reads_names_every_block_the_batches_ask_for() -> None:
+@pytest.mark.parametrize("n_batches", [1, 5, 13, 14, 40])
+def test_demand_is_what_the_batches_ask_for(n_batches: int) -> None:
     stream = make_stream(n_blocks=20, batch_size=100)
-    for n_batches in (1, 5, 13, 14, 40):
-        fresh = make_stream(n_blocks=20, batch_size=100)
-        for i in range(n_batches):
-            fresh.batch(i)
-        train = [read for read in stream.reads(n_batches) if read[0] == "train"]
-        assert isinstance(fresh.blocks, CountingBlocks)
-        assert len(train) == fresh.blocks.n_reads
+    for i in range(n_batches):
+        stream.batch(i)
+    assert isinstance(stream.blocks, CountingBlocks)
+    demand = stream.demand(n_batches)
+    assert demand.n_reads == len(stream.blocks.reads) + 2
+    assert demand.blocks == {*stream.blocks.reads, ("calibration", 0), ("heldout", 0)}
+
+
+def test_demand_of_a_very_long_run_is_told_at_once() -> None:
+    assert make_stream(n_blocks=20).demand(10**15).n_reads > 10**12
 
 
 def test_a_window_is_read_once_while_it_lasts() -> None:
@@ -120,7 +124,7 @@ def test_a_window_is_read_once_while_it_lasts() -> None:
     for i in range(10):
         stream.batch(i)
     assert isinstance(stream.blocks, CountingBlocks)
-    assert stream.blocks.n_reads == BLOCKS_PER_WINDOW
+    assert len(stream.blocks.reads) == BLOCKS_PER_WINDOW
 
 
 @given(st.integers(0, 2000), st.integers(0, 2**63 - 1), st.integers(0, 50), st.integers(0, 50))
