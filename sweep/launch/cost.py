@@ -10,6 +10,10 @@ from sweep.tokens import row_bytes, row_counts
 __all__ = ["Cost", "gang_cost", "machine_flops"]
 
 
+EFFICIENCY = 0.35
+"""What the dense step and the language model reach of the rate `machine_flops` measures, on two CPU cores."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Upper estimates: caches and checkpoints that are there already make it cheaper."""
@@ -21,7 +25,8 @@ class Cost:
     disk_bytes: float
 
     def seconds(self, flops_per_second: float) -> float:
-        return (self.language_model_flops + self.training_flops) / flops_per_second
+        """Time at a machine's matrix-product rate, of which real passes and steps reach a share."""
+        return (self.language_model_flops + self.training_flops) / (EFFICIENCY * flops_per_second)
 
 
 def gang_cost(gang: Sequence[Cell], cache_gib: float) -> Cost:
