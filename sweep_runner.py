@@ -4,7 +4,7 @@ from typing import Any
 
 import hydra
 
-from sweep.launch.register import register
+from sweep.launch.register import register, run
 
 register()
 
@@ -16,4 +16,4 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

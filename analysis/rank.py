@@ -21,7 +21,7 @@ from sweep.results import METRICS
 
 __all__ = ["FIELDS", "KEY", "Group", "pareto_front", "rank", "records"]
 
-KEY = ("model", "layer", "hook_out", "heldout_hash", "model_hash")
+KEY = ("model", "layer", "hook_out", "heldout_hash", "model_hash", "model_dtype", "activation_dtype")
 """Runs that agree on these were measured on the same vectors, so their FVUs compare."""
 
 OPTIONS = tuple(

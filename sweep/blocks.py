@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -79,14 +80,14 @@ class CachedBlocks:
 
     @staticmethod
     def key(model: Model, data: Data, model_hash: str, tokens_hash: str, device: str) -> str:
-        """Identity of a stream's activations on this kind of device with this version of torch."""
+        """Identity of a stream's activations on this kind of device with these versions of its libraries."""
         parts = {
             "blocks_version": BLOCKS_VERSION,
             "model_dtype": model.model_dtype,
             "model_hash": model_hash,
             "tokens_hash": tokens_hash,
             "activation_dtype": data.activation_dtype,
-            "torch": torch.__version__,
+            "versions": [torch.__version__, version("transformers"), version("transformer-lens")],
             "device": torch.device(device).type,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ No pickle is written or read.
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,15 @@ FILES = ("state.safetensors", "state.json")
 log = logging.getLogger(__name__)
 
 
-def save(state: TrainState, folder: CellFolder, cell: Cell, tokens_hash: str) -> None:
-    """Write the state's checkpoint and remove all but the last two.
+def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[str, str]) -> None:
+    """Write the state's checkpoint and remove all but the last two. `belongs_to` holds hashes of its inputs.
 
     Side effects: `checkpoints/step_<n>` appears by one rename; older ones go after it is there.
     """
     path = folder.checkpoint(state.step)
     with atomic_directory(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, partial / FILES[0])
-        belongs_to = {"format_version": FORMAT_VERSION, "cell_id": cell.cell_id, "tokens_hash": tokens_hash}
-        write_json(partial / FILES[1], {**belongs_to, "scalars": state.scalars()})
+        write_json(partial / FILES[1], {**identity(cell, belongs_to), "scalars": state.scalars()})
         sizes = {name: (partial / name).stat().st_size for name in FILES}
         hashes = {name: sha256_of_file(partial / name) for name in FILES}
         write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes})
@@ -49,21 +49,26 @@ def save(state: TrainState, folder: CellFolder, cell: Cell, tokens_hash: str) ->
         shutil.rmtree(folder.checkpoint(step))
 
 
-def load_latest(folder: CellFolder, cell: Cell, tokens_hash: str, device: str) -> TrainState | None:
+def identity(cell: Cell, belongs_to: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint must agree in to be this run's."""
+    return {"format_version": FORMAT_VERSION, "cell_id": cell.cell_id, **belongs_to}
+
+
+def load_latest(folder: CellFolder, cell: Cell, belongs_to: Mapping[str, str], device: str) -> TrainState | None:
     """The newest whole checkpoint of this cell, or None when there is none at all.
 
     A damaged one is named in the log and the one before it is used.
 
     Raises:
-        CheckpointError: there are checkpoints but none is whole, or the newest whole one belongs to another cell
-            or another text.
+        CheckpointError: there are checkpoints but none is whole, or the newest whole one belongs to another cell,
+            text or language model.
     """
     steps = folder.checkpoint_steps()
     damaged = []
     for step in reversed(steps):
         path = folder.checkpoint(step)
         try:
-            return _load(path, cell, tokens_hash, device)
+            return _load(path, cell, belongs_to, device)
         except _DamagedError as error:
             damaged.append(f"{path}: {error}")
             log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
@@ -79,20 +84,19 @@ class _DamagedError(Exception):
     """This one checkpoint cannot be used; an older one may be."""
 
 
-def _load(path: Path, cell: Cell, tokens_hash: str, device: str) -> TrainState:
+def _load(path: Path, cell: Cell, belongs_to: Mapping[str, str], device: str) -> TrainState:
     _verify(path)
     try:
         about = read_json(path / FILES[1], MAX_JSON_BYTES)
         tensors = load_file(path / FILES[0], device=device)
-        belongs_to = about["format_version"], about["cell_id"], about["tokens_hash"]
+        found = {name: about[name] for name in identity(cell, belongs_to)}
         state = TrainState.restore(tensors, about["scalars"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise _DamagedError(f"not a checkpoint ({error})") from error
-    expected = FORMAT_VERSION, cell.cell_id, tokens_hash
-    for name, found, wanted in zip(("format_version", "cell_id", "tokens_hash"), belongs_to, expected, strict=True):
-        if found != wanted:
+    for name, wanted in identity(cell, belongs_to).items():
+        if found[name] != wanted:
             raise CheckpointError(
-                f"{path} belongs to another run: its {name} is {found}, this one's is {wanted}; "
+                f"{path} belongs to another run: its {name} is {found[name]}, this one's is {wanted}; "
                 f"delete {path.parent} to start the cell again, or choose another results_dir"
             )
     _check_shapes(path, state, cell)

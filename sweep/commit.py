@@ -65,7 +65,7 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
         },
     )
     member.set_status(state="done", step=run.state.step)
-    member.log.info("done: fvu %.4f at l0 %.2f", row["fvu"], row["l0"])
+    member.log.info("done: fvu %s at l0 %s", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
 

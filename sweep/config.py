@@ -96,13 +96,14 @@ class Schedule:
         yield from at_least(1, batch_size=self.batch_size)
         if self.steps < 1:
             yield f"steps={self.steps} must be at least 1; where not given it is n_tokens * epochs // batch_size"
-        yield from at_least(0, warmup_steps=self.warmup_steps, min_lr=self.min_lr)
+        yield from at_least(0, warmup_steps=self.warmup_steps)
         if not 0 < self.lr < math.inf:
             yield f"lr={self.lr} must be a positive number"
-        if self.min_lr > self.lr > 0:
-            yield f"min_lr={self.min_lr} exceeds lr={self.lr}; choose at most {self.lr}"
-        if self.warmup_steps > self.steps >= 1:
-            yield f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}; choose at most {self.steps}"
+        elif not 0 <= self.min_lr <= self.lr:
+            yield f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}"
+        most = self.steps if self.decay == "constant" else self.steps - 1  # the last step is at min_lr
+        if self.warmup_steps > most >= 0:
+            yield f"warmup_steps={self.warmup_steps} is too long for steps={self.steps}; choose at most {most}"
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas={list(self.betas)} must be two numbers from 0 to below 1, such as [0.9,0.999]"
 
@@ -165,7 +166,6 @@ class Site:
         last = model.n_layers - 1
         if not 0 <= self.layer <= last:
             yield f"layer={self.layer} does not exist: {model.model} has layers 0 to {last}"
-            return
         for key, hook in (("hook_in", self.hook_in), ("hook_out", self.hook_out)):
             if hook == "mlp_in":
                 yield (

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sweep.config import Cell, Site, cell_from_json
 from sweep.errors import Diverged, SweepError
@@ -25,6 +25,7 @@ from sweep.transcoder import Transcoder
 __all__ = ["Gang", "Member", "join"]
 
 HEARTBEAT_SECONDS = 2.0
+LOCK_TRIES = 5
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
     """The cells nobody else is at, each locked and with its log open until the stack closes."""
     for cell_id in cell_ids:
         folder = results.cell(cell_id)
-        lock = try_lock(folder.lock)
+        lock = lock_patiently(folder.lock)
         if lock is None:
             log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
             continue
@@ -127,6 +128,15 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             pid=os.getpid(),
         )
         yield member
+
+
+def lock_patiently(path: Path) -> IO[bytes] | None:
+    """The lock of a cell; a few tries, as another process may just be looking whether it is taken."""
+    for _ in range(LOCK_TRIES):
+        if lock := try_lock(path):
+            return lock
+        time.sleep(0.1)
+    return None
 
 
 @contextlib.contextmanager

@@ -19,16 +19,17 @@ from sweep import checkpoint
 from sweep.activations import ActivationStream
 from sweep.blocks import HarvestedBlocks, with_cache
 from sweep.commit import Workplace, commit
-from sweep.errors import Interrupted, SweepError
+from sweep.config import Model
+from sweep.errors import Interrupted, ModelError, SweepError
 from sweep.evaluate import evaluate
 from sweep.finish import finish
 from sweep.gang import Gang, Member, join
 from sweep.initialise import initial_state
-from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.language_model import Activations, LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
 from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Report
-from sweep.revisions import weights_hash
+from sweep.revisions import layers_in, weights_hash
 from sweep.tokens import prepare_tokens
 from sweep.train import Run, train
 
@@ -59,13 +60,18 @@ def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: 
         try:
             work(gang, results, workflow, tick)
         except Interrupted:  # raised between steps, so every state is whole
-            for member in gang.members:
-                if member.run:
-                    member.run.checkpoint()
-                member.set_status(state="interrupted", step=member.run.state.step if member.run else 0)
+            gang.attempt_all(interrupt)
             raise
         except Exception as error:
             gang.fail_all(error)
+
+
+def interrupt(member: Member) -> None:
+    """Save the member where it stands."""
+    if member.run:
+        member.run.checkpoint()
+        member.set_status(step=member.run.state.step)
+    member.set_status(state="interrupted")
 
 
 def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report) -> None:
@@ -79,6 +85,8 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report)
         attempt=lambda run, action: gang.attempt(runs[id(run)], action),
         after_step=lambda step: report_training(gang, step, report),
     )
+    if not gang.members:
+        return
     calibrate(gang, place, report)
     evaluate_all(gang, place, report)
     gang.attempt_all(lambda member: commit(member, results, place, workflow))
@@ -91,6 +99,8 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
     device = pick_device(workflow.device)
     cache = CacheFolder(Path(workflow.cache_dir))
     folder = ensure_model_folder(config.model, cache, report)
+    if (found := layers_in(folder)) != config.model.n_layers:
+        raise ModelError(f"n_layers={config.model.n_layers}: model={config.model.model} has {found} layers")
     tokens = prepare_tokens(config.data, config.model, load_tokenizer(folder), cache, report)
     model_hash = weights_hash(folder)
 
@@ -120,17 +130,30 @@ def pick_device(device: str) -> str:
 def start(member: Member, place: Workplace, workflow: Workflow) -> None:
     """Give the member its run: resumed, or fresh from the first window of its own site."""
     cell = member.cell
-    state = checkpoint.load_latest(member.folder, cell, place.tokens.hash, place.device)
+    belongs_to = {"tokens_hash": place.tokens.hash, "model_hash": place.model_hash}
+    state = checkpoint.load_latest(member.folder, cell, belongs_to, place.device)
     if state is None:
         window = place.stream.first_window()[cell.site]
+        check_widths(window, cell.model)
         state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
     member.log.info("start at step %d of %d", state.step, cell.schedule.steps)
     member.run = Run(
         cell,
         state,
-        save=lambda state: checkpoint.save(state, member.folder, cell, place.tokens.hash),
+        save=lambda state: checkpoint.save(state, member.folder, cell, belongs_to),
         checkpoint_steps=workflow.checkpoint_steps,
     )
+
+
+def check_widths(window: Activations, model: Model) -> None:
+    """Hold the declared widths against what is read; activations may come from a cache, without the model.
+
+    Raises:
+        ModelError: they differ.
+    """
+    for key, declared, tensor in (("d_in", model.d_in, window.source), ("d_out", model.d_out, window.target)):
+        if tensor.shape[1] != declared:
+            raise ModelError(f"{key}={declared}: {model.model} has {tensor.shape[1]} there")
 
 
 def report_training(gang: Gang, step: int, report: Report) -> None:

@@ -113,12 +113,15 @@ def absolute(values: dict[str, Any], relative: Relative) -> None:
     """Fill in place each absolute key that was left null from its relative one."""
     width, batch_size = values["dict_size"], max(values["batch_size"], 1)
     if values["groups"] is None:
-        values["groups"] = tuple(round(fraction * width) for fraction in relative.group_fractions)
+        ends = (max(round(fraction * width), 1) for fraction in relative.group_fractions)
+        values["groups"] = tuple(dict.fromkeys(ends))  # a very narrow dictionary has fewer prefixes
     if values["steps"] is None:
         values["steps"] = int(values["n_tokens"] * relative.epochs) // batch_size
     if values["warmup_steps"] is None:
-        values["warmup_steps"] = round(relative.warmup_fraction * max(values["steps"], 0))
-    if values["min_lr"] is None:
+        values["warmup_steps"] = round(relative.warmup_fraction * max(values["steps"] - 1, 0))
+    if values["decay"] == "constant":
+        values["min_lr"] = values["lr"]
+    elif values["min_lr"] is None:
         values["min_lr"] = relative.min_lr_fraction * values["lr"]
 
 

@@ -124,6 +124,8 @@ class ResultsFolder:
             return
         if not self.root.is_dir():
             raise ResultsError(f"results_dir={self.root} is a file; {fix}")
+        if not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
+            raise ResultsError(f"results_dir={self.root} cannot be written to; {fix}")
         if all(path.name == "cache" or path.name.startswith(".") for path in self.root.iterdir()):
             return
         try:
@@ -137,11 +139,15 @@ class ResultsFolder:
     def create(self) -> None:
         """Make the folder if it is not there yet; the mark comes first, so that a kill leaves nothing foreign."""
         self.check()
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not self.about.exists():
-            write_atomic(self.about, ABOUT.encode())
-        for name in (*TABLES, "cells", "sweeps"):
-            self.table(name).mkdir(exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not self.about.exists():
+                write_atomic(self.about, ABOUT.encode())
+            for name in (*TABLES, "cells", "sweeps"):
+                self.table(name).mkdir(exist_ok=True)
+                check_writable(self.table(name))
+        except OSError as error:
+            raise ResultsError(f"results_dir={self.root} cannot be used ({error}); choose another folder") from error
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Write and remove a file, so that a folder that will not take results says so before the work.
+
+    Raises:
+        OSError: it does not take one.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def sync(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
@@ -214,12 +230,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(path: Path) -> IO[bytes] | None:
-    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go."""
+def try_lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
+    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go.
+
+    `shared` locks exclude only exclusive ones: enough to look whether somebody works.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

@@ -7,6 +7,7 @@ docstrings are the text. Everything here reads headers and hashes; nothing is lo
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,15 @@ from typing import Any
 
 from sweep.errors import ConfigError
 
-__all__ = ["DOCSTRING_PACKAGES", "data_facts", "model_facts", "read_json", "sha256_of_file", "weights_hash"]
+__all__ = [
+    "DOCSTRING_PACKAGES",
+    "data_facts",
+    "layers_in",
+    "model_facts",
+    "read_json",
+    "sha256_of_file",
+    "weights_hash",
+]
 
 DOCSTRING_PACKAGES = (
     "datasets",
@@ -46,6 +55,8 @@ def model_facts(options: Mapping[str, Any]) -> dict[str, Any]:
         missing = [key for key in ("model_revision", "n_layers", "d_in", "d_out") if options[key] is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)}: not known for model={options['model']}; set it, or model_path=")
+        if options["model_format"] == "hub" and not is_commit(options["model_revision"]):
+            raise ConfigError(not_pinned("model_revision", options["model_revision"], options["model_repo"]))
         return {"n_body_params": options["n_body_params"] or 0}
     folder = Path(options["model_path"]).expanduser().resolve()
     return {"model_path": str(folder), **_directory_facts(folder, options["model_path"])}
@@ -64,7 +75,7 @@ def _directory_facts(folder: Path, typed: str) -> dict[str, Any]:
         config = read_json(config_file, MAX_CONFIG_BYTES)
         config = config.get("text_config", config)
         width = int(config.get("hidden_size") or config["n_embd"])
-        n_layers = int(config.get("num_hidden_layers") or config["n_layer"])
+        n_layers = layers_in(folder)
         n_body_params = sum(_body_params(path) for path in weights)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"model_path={typed}: its config.json or weights cannot be read ({error})") from error
@@ -112,6 +123,8 @@ def data_facts(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"dataset_path={options['dataset_path']} is not a file")
         if path.suffix not in (".txt", ".jsonl", ".parquet"):
             raise ConfigError(f"dataset_path={options['dataset_path']} must end in .txt, .jsonl or .parquet")
+        if path.stat().st_size == 0:
+            raise ConfigError(f"dataset_path={options['dataset_path']} is empty; name a file with text")
         return {
             "dataset": path.name,
             "dataset_format": "file",
@@ -122,11 +135,8 @@ def data_facts(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("dataset_path=null: data=file needs a file; set dataset_path=<.txt, .jsonl or .parquet>")
     if options["dataset_format"] == "docstrings":
         return {"dataset_revision": docstrings_revision()}
-    if options["dataset_revision"] is None:
-        raise ConfigError(
-            f"dataset_revision=null: {options['dataset']} needs a pinned commit, or its rows could change "
-            "between two runs; set dataset_revision=<commit>"
-        )
+    if not is_commit(options["dataset_revision"]):
+        raise ConfigError(not_pinned("dataset_revision", options["dataset_revision"], options["dataset"]))
     return {}
 
 
@@ -135,6 +145,28 @@ def docstrings_revision() -> str:
     """Hash of the names and versions of DOCSTRING_PACKAGES, local build tags left out."""
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in DOCSTRING_PACKAGES]
     return hashlib.sha256("\n".join(versions).encode()).hexdigest()
+
+
+def is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def not_pinned(key: str, value: str | None, name: str) -> str:
+    return (
+        f"{key}={value} is no commit: what {name} holds could change between two runs; "
+        f"set {key}= to the 40 hex digits of a commit on the hub"
+    )
+
+
+def layers_in(folder: Path) -> int:
+    """Layers a model folder's config.json tells.
+
+    Raises:
+        OSError, ValueError, KeyError: it cannot be read.
+    """
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    config = config.get("text_config", config)
+    return int(config.get("num_hidden_layers") or config["n_layer"])
 
 
 def sha256_of_file(path: Path) -> str:

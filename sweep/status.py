@@ -3,7 +3,7 @@
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sweep.paths import CellFolder, write_json
 
@@ -30,6 +30,16 @@ class Status:
     def changed(self, **values: Any) -> "Status":
         return replace(self, **values, updated_at=time.time())
 
+    def is_sound(self) -> bool:
+        """Whether every field has the type it should: the file may have been damaged or written by a stranger."""
+        counts = (self.step, self.steps, self.attempts, self.failures, self.pid)
+        return (
+            self.state in get_args(State)
+            and all(type(count) is int for count in counts)
+            and isinstance(self.error, dict)
+            and all(isinstance(text, str) for text in (*self.error.values(), self.host))
+        )
+
     def write(self, folder: CellFolder) -> None:
         write_json(folder.status, asdict(self))
 
@@ -39,6 +49,7 @@ def read_status(folder: CellFolder) -> Status:
     try:
         if folder.status.stat().st_size > MAX_BYTES:
             return Status()
-        return Status(**json.loads(folder.status.read_text(encoding="utf-8")))
+        status = Status(**json.loads(folder.status.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return Status()
+    return status if status.is_sound() else Status()

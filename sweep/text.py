@@ -20,10 +20,10 @@ from sweep.revisions import DOCSTRING_PACKAGES, docstrings_revision, sha256_of_f
 __all__ = ["documents"]
 
 MIN_DOCSTRING_CHARACTERS = 200
+"""Docstrings must be longer: shorter ones are names said again."""
 
 MAX_REPEATED_CHARACTERS = 20
 """Lines up to this long may come again: headings, brackets, `Returns:`."""
-"""Docstrings must be longer: shorter ones are names said again."""
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file decoded at a time."""

@@ -49,6 +49,13 @@ class Run:
             self.checkpoint()
 
     def checkpoint(self) -> None:
+        """Save the state, but never one that cannot be used.
+
+        Raises:
+            Diverged: a parameter is not finite.
+        """
+        if not all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors()):
+            raise Diverged(f"the weights are not finite after step {self.state.step}; try a lower lr")
         if self.checkpoint_steps:
             self.save(self.state)
 

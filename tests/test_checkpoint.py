@@ -15,6 +15,7 @@ from sweep.paths import CellFolder
 from sweep.state import TrainState
 
 CELL = make_cell()
+INPUTS = {"tokens_hash": "hash", "model_hash": "weights"}
 
 
 def make_state(step: int) -> TrainState:
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> CellFolder:
     """A cell's folder with the checkpoints of steps 10 and 20."""
     cell_folder = CellFolder(tmp_path / "cell")
     for step in (10, 20):
-        save(make_state(step), cell_folder, CELL, "hash")
+        save(make_state(step), cell_folder, CELL, INPUTS)
     return cell_folder
 
 
@@ -41,7 +42,7 @@ def equal(one: TrainState, other: TrainState) -> bool:
 
 
 def test_save_and_load_give_the_same_state(folder: CellFolder) -> None:
-    loaded = load_latest(folder, CELL, "hash", "cpu")
+    loaded = load_latest(folder, CELL, INPUTS, "cpu")
     assert loaded is not None
     assert equal(loaded, make_state(20))
 
@@ -53,13 +54,13 @@ def test_everything_a_state_holds_is_saved() -> None:
 
 
 def test_save_keeps_the_last_two(folder: CellFolder) -> None:
-    save(make_state(30), folder, CELL, "hash")
+    save(make_state(30), folder, CELL, INPUTS)
     assert folder.checkpoint_steps() == [20, 30]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000020", "step_00000030"]
 
 
 def test_load_without_a_checkpoint_is_none(tmp_path: Path) -> None:
-    assert load_latest(CellFolder(tmp_path), CELL, "hash", "cpu") is None
+    assert load_latest(CellFolder(tmp_path), CELL, INPUTS, "cpu") is None
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
@@ -70,7 +71,7 @@ def test_truncation_falls_back_to_the_one_before(
     path = folder.checkpoint(20) / name
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    loaded = load_latest(folder, CELL, "hash", "cpu")
+    loaded = load_latest(folder, CELL, INPUTS, "cpu")
     assert loaded is not None
     assert equal(loaded, make_state(10))
     assert "step_00000020 is damaged" in caplog.text
@@ -84,7 +85,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: CellFolder) -> None:
             flipped = bytearray(content)
             flipped[position] ^= 1 << (position % 8)
             path.write_bytes(flipped)
-            loaded = load_latest(folder, CELL, "hash", "cpu")
+            loaded = load_latest(folder, CELL, INPUTS, "cpu")
             assert loaded is not None
             assert loaded.step == 10
         path.write_bytes(content)
@@ -92,7 +93,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: CellFolder) -> None:
 
 def test_a_missing_file_falls_back(folder: CellFolder) -> None:
     (folder.checkpoint(20) / "state.json").unlink()
-    loaded = load_latest(folder, CELL, "hash", "cpu")
+    loaded = load_latest(folder, CELL, INPUTS, "cpu")
     assert loaded is not None
     assert loaded.step == 10
 
@@ -101,17 +102,22 @@ def test_no_whole_checkpoint_says_what_to_delete(folder: CellFolder) -> None:
     for step in (10, 20):
         (folder.checkpoint(step) / "state.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=f"delete {folder.checkpoints}"):
-        load_latest(folder, CELL, "hash", "cpu")
+        load_latest(folder, CELL, INPUTS, "cpu")
 
 
 def test_the_checkpoint_of_another_cell_is_refused(folder: CellFolder) -> None:
     with pytest.raises(CheckpointError, match="belongs to another run: its cell_id"):
-        load_latest(folder, make_cell(seed=1), "hash", "cpu")
+        load_latest(folder, make_cell(seed=1), INPUTS, "cpu")
 
 
 def test_the_checkpoint_of_another_text_is_refused(folder: CellFolder) -> None:
     with pytest.raises(CheckpointError, match="belongs to another run: its tokens_hash"):
-        load_latest(folder, CELL, "other", "cpu")
+        load_latest(folder, CELL, {**INPUTS, "tokens_hash": "other"}, "cpu")
+
+
+def test_the_checkpoint_of_another_language_model_is_refused(folder: CellFolder) -> None:
+    with pytest.raises(CheckpointError, match="belongs to another run: its model_hash"):
+        load_latest(folder, CELL, {**INPUTS, "model_hash": "other"}, "cpu")
 
 
 def test_a_half_written_folder_does_not_count(folder: CellFolder) -> None:
@@ -126,14 +132,14 @@ def test_nothing_is_left_of_a_save_that_failed(folder: CellFolder, monkeypatch: 
 
     monkeypatch.setattr("sweep.checkpoint.write_json", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save(make_state(30), folder, CELL, "hash")
+        save(make_state(30), folder, CELL, INPUTS)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000010", "step_00000020"]
 
 
 def test_a_consistent_checkpoint_of_other_shapes_is_refused(folder: CellFolder) -> None:
     path = folder.checkpoint(20)
-    save(make_state(20), folder, make_cell(dict_size=128), "hash")
+    save(make_state(20), folder, make_cell(dict_size=128), INPUTS)
     about = json.loads((path / "state.json").read_text())
     assert about["cell_id"] != CELL.cell_id
     with pytest.raises(CheckpointError, match="not \\(32, 128\\)"):
-        load_latest(folder, make_cell(dict_size=128), "hash", "cpu")
+        load_latest(folder, make_cell(dict_size=128), INPUTS, "cpu")

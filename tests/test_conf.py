@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from sweep.config import Cell
 from sweep.launch.help import help_text
 from sweep.launch.register import register
-from sweep.options import cell_from_options, option_fields, workflow_from_options
+from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -95,6 +95,13 @@ def test_no_preset_repeats_the_default_it_overrides() -> None:
             other = OmegaConf.load(path.with_name(f"{base}.yaml"))
             repeated = [key for key in raw if key != "defaults" and key in other and other[key] == raw[key]]
             assert not [key for key in repeated if key != "dataset_revision"], f"{path} repeats {repeated} of {base}"
+
+
+def test_no_preset_sets_a_workflow_key() -> None:
+    """Workflow keys are the same for all cells, so a preset that sets one could not be swept."""
+    workflow = {name for kind, name, _, _ in option_fields() if kind is Workflow}
+    for path in (path for path in CONF.glob("*/*.yaml")):
+        assert not workflow & set(OmegaConf.load(path)), path
 
 
 def test_help_names_every_option_with_its_value() -> None:

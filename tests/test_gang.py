@@ -216,3 +216,22 @@ def test_an_error_before_training_ends_in_every_status(tmp_path: Path, cache: Ca
         status = read_status(results.cell(cell.cell_id))
         assert (status.state, status.error["class"]) == ("failed", "DataError")
     assert not list(results.table("runs").iterdir())
+
+
+def test_weights_that_overflow_in_the_last_step_are_a_divergence(tmp_path: Path, cache: CacheFolder) -> None:
+    cell = make_cell(steps=1, lr=1e300)
+    results = run_cells([cell], make_workflow(tmp_path, cache))
+    assert read_status(results.cell(cell.cell_id)).state == "diverged"
+    assert not results.cell(cell.cell_id).checkpoint_steps()
+    assert not results.cell(cell.cell_id).transcoder.exists()
+
+
+@pytest.mark.parametrize(("facts", "message"), [({"d_in": 16}, "d_in=16"), ({"n_layers": 9}, "n_layers=9")])
+def test_wrong_facts_about_the_model_are_refused_with_a_warm_cache(
+    unbroken: ResultsFolder, facts: dict[str, int], message: str, tmp_path: Path, cache: CacheFolder
+) -> None:
+    run_cells(gang_cells()[:1], make_workflow(tmp_path / "warm", cache))
+    results = run_cells([make_cell(**facts)], make_workflow(tmp_path / "out", cache))
+    (status,) = [read_status(results.cell(path.name)) for path in (results.root / "cells").iterdir()]
+    assert status.state == "failed"
+    assert message in status.error["message"]

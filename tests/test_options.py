@@ -28,6 +28,17 @@ def test_relative_values_are_resolved() -> None:
     assert cell.schedule.min_lr == 5e-3
 
 
+def test_a_narrow_dictionary_has_fewer_prefixes() -> None:
+    assert make_cell(dict_size=4, top_k=1).capacity.groups == (1, 2, 3, 4)
+    assert make_cell(dict_size=1, top_k=1).capacity.groups == (1,)
+
+
+def test_constant_schedules_have_no_min_lr_of_their_own() -> None:
+    cells = [make_cell(decay="constant", min_lr=min_lr) for min_lr in (0.0, 1e-4, None)]
+    assert len({cell.cell_id for cell in cells}) == 1
+    assert cells[0].schedule.min_lr == cells[0].schedule.lr
+
+
 def test_absolute_values_win() -> None:
     cell = make_cell(dict_size=64, groups=[10, 64], warmup_steps=3, min_lr=0.0, steps=7)
     assert (cell.capacity.groups, cell.schedule.warmup_steps) == ((10, 64), 3)
@@ -110,8 +121,8 @@ def test_a_cell_survives_json(lr: float, fraction: float, steps: int, warmup: fl
         ({"steps": None, "n_tokens": 10}, "steps=0 must be at least 1"),
         ({"lr": float("nan")}, "lr=nan must be a positive number"),
         ({"lr": 0.0}, "lr=0.0 must be"),
-        ({"min_lr": 1.0}, "min_lr=1.0 exceeds lr=0.003"),
-        ({"warmup_steps": 31}, "warmup_steps=31 exceeds steps=30"),
+        ({"min_lr": 1.0}, "min_lr=1.0 must lie between 0 and lr=0.003"),
+        ({"warmup_steps": 31}, "warmup_steps=31 is too long for steps=30; choose at most 29"),
         ({"betas": [0.9]}, r"betas=\[0.9\] must be two numbers"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"aux_penalty": float("inf")}, "aux_penalty=inf"),
@@ -135,6 +146,8 @@ def test_a_cell_survives_json(lr: float, fraction: float, steps: int, warmup: fl
         ({"dataset_format": "file"}, "set dataset_path="),
         ({"dataset_format": "hub"}, "set dataset_revision="),
         ({"model_revision": None}, "model_revision: not known for model=tiny"),
+        ({"model_format": "hub", "model_revision": "main"}, "model_revision=main is no commit"),
+        ({"dataset_format": "hub", "dataset_revision": "main"}, "dataset_revision=main is no commit"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(overrides: dict[str, Any], message: str) -> None:

@@ -133,3 +133,14 @@ def test_cost_counts_one_pass_for_a_gang() -> None:
 def test_cost_of_training_is_that_of_the_dense_products() -> None:
     cell = make_cell(dict_size=64, steps=10, batch_size=64)
     assert training_flops(cell) == 10 * 64 * 2 * 64 * (2 * 32 + 3 * 32)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"state": "failed", "error": null}', '{"state": "failed", "failures": "x"}', '{"state": "odd"}'],
+)
+def test_a_damaged_status_counts_as_none(results: ResultsFolder, content: str) -> None:
+    cell = make_cell()
+    freeze(cell, results)
+    results.cell(cell.cell_id).status.write_text(content)
+    assert actions(results, cell) == ["new"]

@@ -148,6 +148,6 @@ def test_a_file_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
 
 
 def test_hub_without_network_names_the_offline_text() -> None:
-    data = make_cell(dataset="someone/corpus", dataset_format="hub", dataset_revision="abc").data
+    data = make_cell(dataset="someone/corpus", dataset_format="hub", dataset_revision="0" * 40).data
     with pytest.raises(DataError, match="data=docstrings"):
         next(documents(data))

@@ -29,14 +29,16 @@ __all__ = ["out", "problem", "progress", "show_cost", "show_failures", "show_pla
 LINE_SECONDS = 10.0
 """Without a terminal a phase speaks at its start and then every this many seconds."""
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+out = Console(
+    highlight=False, markup=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160
+)
+err = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
 
 SCORES = ("fvu", "l0", "dead_fraction", "absorption_score")
 
 
 def problem(message: str) -> None:
-    err.print(message, style="red", markup=False)
+    err.print(message, style="red")
 
 
 def varied(cells: Sequence[Planned]) -> list[str]:
@@ -133,10 +135,10 @@ def progress() -> Iterator[Report]:
         return
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]} {task.fields[pace]}"),
+        TextColumn("{task.fields[unit]} {task.fields[pace]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=out,

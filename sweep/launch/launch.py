@@ -13,21 +13,19 @@ from types import FrameType
 from typing import Any
 
 from sweep.config import Cell, as_json
-from sweep.errors import Interrupted, SweepError
+from sweep.errors import ConfigError, Interrupted, SweepError
 from sweep.launch import console
 from sweep.launch.cost import gang_cost, machine_flops
-from sweep.launch.plan import Job, Plan, make_plan, resolve
+from sweep.launch.plan import Job, Plan, is_locked, make_plan, resolve
 from sweep.options import Workflow
-from sweep.paths import ResultsFolder, write_atomic, write_json
+from sweep.paths import ResultsFolder, check_writable, write_atomic, write_json
 from sweep.progress import Report
 from sweep.provenance import git_state
-from sweep.revisions import read_json
 from sweep.status import read_status
 
 __all__ = ["launch"]
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-MAX_METRICS_BYTES = 1 << 20
 
 RunGang = Callable[[Sequence[str], Workflow, Report, Callable[[], bool]], None]
 
@@ -49,6 +47,9 @@ def launch(jobs: Sequence[Job], backend: str) -> int:
                 costs = [gang_cost(gang, workflow.cache_gib) for gang in plan.gangs]
                 console.show_cost(costs, machine_flops())
             return DONE
+        cache = Path(workflow.cache_dir)
+        if results.root not in cache.parents:
+            check_cache(cache)
         results.create()
         return execute(plan, results, BACKENDS[backend])
     except SweepError as error:
@@ -69,8 +70,10 @@ def execute(plan: Plan, results: ResultsFolder, run: RunGang) -> int:
         with stopping() as stop, console.progress() as report:
             for gang in plan.gangs:
                 run([cell.cell_id for cell in gang], plan.workflow, report, stop)
-    except (Interrupted, KeyboardInterrupt):
-        console.problem(f"interrupted; every cell is saved. To go on:\n    {command()}")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        saved = isinstance(stop, Interrupted) and plan.workflow.checkpoint_steps
+        what = "what was running is saved" if saved else "cells go on from their last checkpoint"
+        console.problem(f"interrupted; {what}. To go on:\n    {command()}")
         return INTERRUPTED
     return tell(plan, results)
 
@@ -142,25 +145,36 @@ def tell(plan: Plan, results: ResultsFolder) -> int:
         cell_id = planned.cell.cell_id
         folder = results.cell(cell_id)
         if results.row("runs", cell_id).exists():
-            metrics[cell_id] = read_metrics(folder.metrics)
+            metrics[cell_id] = read_row(results.row("runs", cell_id))
             continue
         status = read_status(folder)
-        if planned.action == "running":
-            reason = f"not run here: {planned.reason}; give the command again when it is done"
+        if is_locked(folder):
+            reason = f"is being run by another process ({status.pid}); give the command again when it is done"
         else:
             reason = f"{status.state}: {status.error.get('message', 'ended without a word')}"
         failures.setdefault(reason, []).append(cell_id)
     console.show_results(plan.unique, metrics)
     console.show_failures(failures, results)
     if metrics:
-        console.out.print(f"ranked against baselines: python -m analysis rank {plan.workflow.results_dir}")
+        console.out.print(f"ranked against baselines: python -m analysis rank {shlex.quote(str(results.root))}")
     return FAILED if failures else DONE
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """The cell's metrics for the table; empty when the file is gone or damaged, the row is what counts."""
+def read_row(path: Path) -> dict[str, Any]:
+    """The row of a finished cell."""
+    import polars as pl
+
+    return pl.read_parquet(path).row(0, named=True)
+
+
+def check_cache(folder: Path) -> None:
+    """Make the cache folder, or say why it cannot be.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
     try:
-        metrics = read_json(path, MAX_METRICS_BYTES)
-    except (OSError, ValueError):
-        return {}
-    return metrics if isinstance(metrics, dict) else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        raise ConfigError(f"cache_dir={folder} cannot be used ({error}); choose another folder") from error

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
-from sweep.options import Workflow, cell_from_options, workflow_from_options
+from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.results import seal_holds
 from sweep.status import read_status
@@ -16,6 +16,8 @@ __all__ = ["Job", "Plan", "Planned", "make_plan", "resolve"]
 
 Job = tuple[list[str], dict[str, Any] | str]
 """A cell as Hydra hands it over: its overrides, and its flat options or the reason why there are none."""
+
+OPTION_NAMES = {name for _, name, _, _ in option_fields()}
 
 Action = Literal["new", "resume", "retry", "done", "duplicate", "running"]
 
@@ -66,6 +68,8 @@ def resolve(jobs: Sequence[Job]) -> tuple[Workflow, list[tuple[tuple[str, ...], 
         try:
             if isinstance(options, str):
                 raise ConfigError(options)
+            if unknown := [key for key in options if key not in OPTION_NAMES]:
+                raise ConfigError(*(f"{key}={options[key]} is not an option; see --help" for key in unknown))
             cells.append((tuple(overrides), cell_from_options(options)))
         except ConfigError as error:
             problems += [(problem, " ".join(overrides)) for problem in error.problems]
@@ -142,7 +146,7 @@ def is_locked(folder: CellFolder) -> bool:
     """Whether a living process on this machine works on the cell."""
     if not folder.lock.exists():
         return False
-    lock = try_lock(folder.lock)
+    lock = try_lock(folder.lock, shared=True)
     if lock is None:
         return True
     lock.close()

@@ -1,7 +1,8 @@
 """The plugin Hydra loads: a grid sweeper that leaves no folder behind, and a launcher that plans first."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,12 +13,24 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweep.launch.register import SweepExit
+
+
+def refuse(key: str, value: str, fix: str) -> NoReturn:
+    sys.stderr.write(f"{key}: {value} cannot run a sweep; choose {key}={fix}\n")
+    raise SweepExit(2)
+
 
 class GridSweeper(BasicSweeper):
     """Hydra's own grid. Its `sweep` would write multirun.yaml and compose every cell once more than needed."""
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         super().__init__(max_batch_size=None, params=params)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if not isinstance(self.launcher, SweepLauncher):
+            refuse("hydra/launcher", config.hydra.launcher._target_, "inline")
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.hydra_context is not None and self.launcher is not None
@@ -34,6 +47,8 @@ class SweepLauncher(Launcher):
         self.backend = backend
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if not str(config.hydra.sweeper._target_).endswith(GridSweeper.__name__):
+            refuse("hydra/sweeper", config.hydra.sweeper._target_, "grid")
         self.hydra_context = hydra_context
         self.config = config
 
@@ -41,7 +56,7 @@ class SweepLauncher(Launcher):
         """Run the sweep and leave the process with its exit code."""
         from sweep.launch.launch import launch
 
-        raise SystemExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.backend))
+        raise SweepExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.backend))
 
     def compose(self, overrides: list[str]) -> tuple[list[str], dict[str, Any] | str]:
         """The cell's overrides with its flat options, or with Hydra's words on why there are none."""
@@ -49,7 +64,7 @@ class SweepLauncher(Launcher):
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             plain = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             cause = f"{error}" if error.__cause__ is None else f"{error.__cause__}"
             return overrides, " ".join(line.strip() for line in cause.splitlines() if line.strip())
         assert isinstance(plain, dict)
