@@ -29,6 +29,9 @@ __all__ = ["out", "problem", "progress", "show_cost", "show_failures", "show_pla
 LINE_SECONDS = 10.0
 """Without a terminal a phase speaks at its start and then every this many seconds."""
 
+PAUSE_SECONDS = 20.0
+"""A phase that was silent for longer was waiting for another one."""
+
 out = Console(
     highlight=False, markup=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160
 )
@@ -159,7 +162,7 @@ class Bars:
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, unit=unit, pace="", total=total or None)
             self.paces[phase] = Pace(done)
-        pace = self.paces[phase].per_second(done)
+        pace = self.paces[phase].reached(done)
         text = f"({pace:,.3g}/s)" if pace else ""
         self.bars.update(self.tasks[phase], completed=done, total=total or None, pace=text)
 
@@ -174,11 +177,11 @@ class PlainLines:
     def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         first = phase not in self.paces
-        pace = self.paces.setdefault(phase, Pace(done))
+        pace = self.paces.setdefault(phase, Pace(done)).reached(done)
         if not first and done != total and now - self.spoke[phase] < LINE_SECONDS:
             return
         self.spoke[phase] = now
-        out.print(self.line(phase, done, total, unit, pace.per_second(done)))
+        out.print(self.line(phase, done, total, unit, pace))
 
     @staticmethod
     def line(phase: str, done: int, total: int, unit: str, pace: float) -> str:
@@ -193,11 +196,19 @@ class PlainLines:
 
 
 class Pace:
-    """Units a second since the first report of a phase."""
+    """Units a second while a phase is at work: phases take turns, and pauses between two reports do not count."""
 
     def __init__(self, done: int) -> None:
-        self.start, self.first = time.monotonic(), done
+        self.first = self.done = done
+        self.seconds = 0.0
+        self.last = time.monotonic()
 
-    def per_second(self, done: int) -> float:
-        seconds = time.monotonic() - self.start
-        return (done - self.first) / seconds if seconds > 0 and done > self.first else 0.0
+    def reached(self, done: int) -> float:
+        """Take note of a report; the pace so far, 0.0 while it is unknown."""
+        now = time.monotonic()
+        if now - self.last > PAUSE_SECONDS:
+            self.first += done - self.done  # what came after the pause took an unknown time
+        else:
+            self.seconds += now - self.last
+        self.done, self.last = done, now
+        return (done - self.first) / self.seconds if self.seconds > 0 and done > self.first else 0.0
