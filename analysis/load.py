@@ -9,7 +9,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +58,15 @@ class Loaded:
     """Columns the schema lacks, and in how many files each was found."""
     n_uncommitted: int
     """Files of cells without a file in `runs/`: they are still running, or were cut short."""
+    n_missing: int
+    """Finished cells without a file here: somebody deleted it."""
 
     @property
     def warnings(self) -> list[str]:
         """One line for each thing a reader of the numbers should know."""
         lines = [str(file) for file in self.left_out]
+        if self.n_missing:
+            lines.append(f"{self.n_missing} finished cell{'s' * (self.n_missing > 1)} without a file in {self.table}/")
         lines += [
             f"ignored column {name} of {n} {self.table} file{'s' * (n > 1)}: this version does not know it"
             for name, n in self.unknown_columns.items()
@@ -114,7 +118,9 @@ def load_table(results: Path, table: str) -> Loaded:
     left_out: list[LeftOut] = []
     unknown: Counter[str] = Counter()
     n_uncommitted = 0
-    for path in _files(folder.table(table)):
+    files = _files(folder.table(table))
+    n_missing = len(committed - {path.name for path in files})
+    for path in files:
         if path.name not in committed:
             n_uncommitted += 1
             continue
@@ -126,12 +132,13 @@ def load_table(results: Path, table: str) -> Loaded:
             continue
         unknown.update(name for name in frame.columns if name not in frames[0].columns)
     whole = pl.concat(frames, rechunk=True)
-    return Loaded(table, whole.lazy(), len(frames) - 1, tuple(left_out), dict(sorted(unknown.items())), n_uncommitted)
+    known = dict(sorted(unknown.items()))
+    return Loaded(table, whole.lazy(), len(frames) - 1, tuple(left_out), known, n_uncommitted, n_missing)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> list[Path]:
     """Parquet files by name; hidden ones are being written."""
-    return (path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith("."))
+    return [path for path in sorted(folder.glob("*.parquet")) if not path.name.startswith(".")]
 
 
 def _read(path: Path) -> pl.DataFrame:

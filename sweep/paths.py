@@ -124,8 +124,8 @@ class ResultsFolder:
             return
         if not self.root.is_dir():
             raise ResultsError(f"results_dir={self.root} is a file; {fix}")
-        if not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
-            raise ResultsError(f"results_dir={self.root} cannot be written to; {fix}")
+        if not os.access(self.root, os.R_OK | os.X_OK):
+            raise ResultsError(f"results_dir={self.root} cannot be read; {fix}")
         if all(path.name == "cache" or path.name.startswith(".") for path in self.root.iterdir()):
             return
         try:

@@ -194,6 +194,15 @@ def test_load_takes_committed_cells_only(tmp_path: Path, table: str):
     assert (loaded.n_uncommitted, loaded.left_out) == (1, ())
 
 
+def test_load_says_when_a_finished_cell_lacks_a_file(tmp_path: Path):
+    write_cell(tmp_path, "aa")
+    write_cell(tmp_path, "bb")
+    (tmp_path / "curves" / "bb.parquet").unlink()
+    loaded = load_table(tmp_path, "curves")
+    assert loaded.warnings == ["1 finished cell without a file in curves/"]
+    assert load_table(tmp_path, "latents").warnings == []
+
+
 @pytest.mark.parametrize("name", ["a'; echo foo", "lr=1", "[ab]*?", "s3:", "with space"])
 def test_load_reads_folders_with_hostile_names(tmp_path: Path, name: str):
     write_cell(tmp_path / name, "aa", fvu=0.125)
