@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,7 +63,6 @@ class Gang:
     """The members still in it, and the one place where an error costs a member its place."""
 
     members: list[Member]
-    failed: list[Member] = field(default_factory=list)
 
     @property
     def sites(self) -> list[Site]:
@@ -100,7 +99,6 @@ class Gang:
             },
         )
         self.members.remove(member)
-        self.failed.append(member)
 
     def fail_all(self, error: Exception) -> None:
         for member in list(self.members):
