@@ -40,8 +40,8 @@ __all__ = [
     "split_of",
 ]
 
-TOKENS_VERSION = 1
-"""Part of the token file's key. Raise it when the same text comes to be packed into other rows."""
+TOKENS_VERSION = 2
+"""Part of the token file's key. Raise it when the same dataset comes to give other documents or other rows."""
 
 ROWS_PER_BLOCK = 16
 """Rows that go through the language model at once; train holds whole blocks."""

@@ -1,14 +1,18 @@
 """Documents: always the same ones in the same order, read no further than they are used."""
 
-import ast
+import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,7 +95,35 @@ def test_docstrings_in_finds_modules_classes_and_functions(tmp_path: Path) -> No
         f'        """{words["method"]}"""\nasync def f():\n    """{words["function"]}"""\ndef g():\n    """short"""\n'
     )
     assert {document.split()[0] for document in text.docstrings_in(path)} == set(words)
-    assert ast.parse(path.read_text())
+
+
+def test_docstrings_in_reads_files_with_invalid_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "m.py"
+    path.write_text(f'"""{"word " * 60}"""\npattern = "\\d"\n')
+    assert len(list(text.docstrings_in(path))) == 1
+
+
+def test_docstring_files_are_python_inside_the_package_in_hash_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed(PurePosixPath):
+        def locate(self) -> PurePosixPath:
+            return "/site" / PurePosixPath(self)
+
+    names = [f"p/m{i}.py" for i in range(20)]
+    monkeypatch.setattr(text, "DOCSTRING_PACKAGES", ("p", "without_record"))
+    listed = [Listed(name) for name in (*names, "../../bin/p.py", "p/data.json", "p/__pycache__/m.pyc")]
+    monkeypatch.setattr(importlib.metadata, "files", lambda package: listed if package == "p" else None)
+    expected = sorted(names, key=lambda name: hashlib.sha256(f"p/{name}".encode()).hexdigest())
+    assert text.docstring_files() == [Path("/site", name) for name in expected]
+
+
+def test_docstrings_of_a_package_that_is_not_installed_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise importlib.metadata.PackageNotFoundError("polars")
+
+    data = make_cell().data
+    monkeypatch.setattr(text, "docstrings_revision", missing)
+    with pytest.raises(DataError, match="polars, which is not installed"):
+        next(documents(data))
 
 
 @pytest.mark.parametrize("content", [b"def f(:", b"\x00", b"\xff\xfe\x00"])
@@ -105,6 +137,18 @@ def test_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "c.txt"
     path.write_text("one\ntwo\n\n\n  \nthree\n")
     assert list(documents(file_data(path))) == ["one\ntwo", "three"]
+
+
+def test_text_file_with_windows_line_ends_and_a_byte_order_mark_reads_as_without(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
+    assert list(documents(file_data(path))) == ["one\ntwo", "three"]
+
+
+def test_lone_surrogates_become_question_marks(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a \\ud800 b"}\n{"text": "pair \\ud83d\\ude00"}\n')
+    assert list(documents(file_data(path))) == ["a ? b", "pair \N{GRINNING FACE}"]
 
 
 def test_jsonl_and_parquet_files_give_their_column(tmp_path: Path) -> None:
@@ -123,7 +167,9 @@ def test_jsonl_and_parquet_files_give_their_column(tmp_path: Path) -> None:
         ("c.jsonl", b'{"text": "a"}\nnot json\n', "line 2"),
         ("c.jsonl", b'{"text": 3}\n', "line 1"),
         ("c.jsonl", b"[1]\n", "line 1"),
-        ("c.txt", b"\xff\xfe\xff", "c.txt"),
+        ("c.jsonl", b'{"text": ' + b"[" * 100_000, "line 1"),
+        ("c.jsonl", b'{"text": null}\n', "text_column=text holds NoneType"),
+        ("c.txt", b"one\n\xff\xfe\xff", r"c\.txt, line 2"),
         ("c.parquet", b"not parquet", "c.parquet"),
     ],
 )
@@ -139,6 +185,23 @@ def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path) -> 
         list(documents(file_data(tmp_path / "c.parquet")))
 
 
+def test_a_parquet_value_that_is_no_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    values = pa.array([b"fine", b"\xff\xfe"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), len(values), values.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="row 2: not UTF-8"):
+        list(documents(file_data(tmp_path / "c.parquet")))
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("one")
+    data = file_data(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"c\.txt cannot be read"):
+        list(documents(data))
+
+
 def test_a_file_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.txt"
     path.write_text("one")
@@ -148,10 +211,54 @@ def test_a_file_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
         list(documents(data))
 
 
-def test_hub_without_network_names_the_offline_text() -> None:
-    data = make_cell(dataset="someone/corpus", dataset_format="hub", dataset_revision="0" * 40).data
+@pytest.fixture
+def hub_data() -> Data:
+    return make_cell(
+        dataset="someone/corpus", dataset_format="hub", dataset_revision="0" * 40, dataset_subset="small"
+    ).data
+
+
+def stub_hub(monkeypatch: pytest.MonkeyPatch, records: Iterator[dict[str, str]]) -> list[Any]:
+    """Stand in for the hub; returns the calls it will have seen."""
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda _, name, **options: calls.append((name, options["revision"]))
+    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **options: calls.append((names, options)) or records)
+    return calls
+
+
+def test_hub_is_asked_for_the_pinned_revision_and_streamed(hub_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stub_hub(monkeypatch, iter([{"text": "one"}, {"text": " "}, {"text": "two"}]))
+    assert list(documents(hub_data)) == ["one", "two"]
+    assert calls == [
+        ("someone/corpus", "0" * 40),
+        (("someone/corpus", "small"), {"split": "train", "revision": "0" * 40, "streaming": True}),
+    ]
+
+
+def test_hub_rows_without_the_column_say_which_they_have(hub_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_hub(monkeypatch, iter([{"body": "one"}]))
+    with pytest.raises(DataError, match=r"row 1: text_column=text .*body"):
+        next(documents(hub_data))
+
+
+def test_hub_that_breaks_off_is_named(hub_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        raise ConnectionError("gone")
+
+    stub_hub(monkeypatch, broken())
+    found = documents(hub_data)
+    assert next(found) == "one"
+    with pytest.raises(DataError, match=r"dataset=someone/corpus.*gone.*data=docstrings"):
+        next(found)
+
+
+def test_hub_without_network_names_the_offline_text(hub_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("would retry for half a minute"))
     with pytest.raises(DataError, match="data=docstrings"):
-        next(documents(data))
+        next(documents(hub_data))
 
 
 def test_held_out_docstrings_are_hardly_found_in_training() -> None:

@@ -1,7 +1,12 @@
 """The token file: packing, splits by document, growth, damage."""
 
+import dataclasses
 import json
 import re
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ from sweep.config import Data
 from sweep.errors import DataError
 from sweep.paths import CacheFolder
 from sweep.progress import silent
-from sweep.tokens import ROWS_PER_BLOCK, TokenFile, prepare_tokens, row_counts, split_of
+from sweep.revisions import sha256_of_file
+from sweep.tokens import ROWS_PER_BLOCK, RowWriter, TokenFile, prepare_tokens, row_counts, split_of
 
 BOS = 1
 
@@ -72,10 +78,57 @@ def test_rows_are_the_documents_of_the_split_in_order(corpus: Path, tmp_path: Pa
         assert len(found) == len(getattr(file, split)) * 15
 
 
-@given(st.text(max_size=50))
-def test_split_of_is_one_of_three_and_fixed(document: str) -> None:
-    assert split_of(document) == split_of(document)
-    assert split_of(document) in ("train", "calibration", "heldout")
+def test_text_that_spells_bos_gets_none_in_a_row(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(_: Bytes, texts: list[str]) -> list[list[int]]:
+        return [[BOS if letter == "w" else ord(letter) for letter in text] for text in texts]
+
+    monkeypatch.setattr(Bytes, "encode_batch", encode)
+    file = prepare(data_of(corpus), tmp_path)
+    for rows in (file.train, file.calibration, file.heldout):
+        assert (rows[:, 0] == BOS).all()
+        assert not (rows[:, 1:] == BOS).any()
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(2, 99), max_size=20), max_size=15),
+    separator=st.lists(st.integers(2, 99), max_size=3),
+    n_rows=st.integers(1, 12),
+    seq_len=st.integers(2, 9),
+)
+def test_row_writer_cuts_the_chain_of_documents(
+    documents: list[list[int]], separator: list[int], n_rows: int, seq_len: int
+) -> None:
+    chain: list[int] = []
+    for ids in filter(None, documents):
+        chain += (separator if chain else []) + ids
+    chain = chain[: n_rows * (seq_len - 1)]
+    starts = range(0, len(chain) - seq_len + 2, seq_len - 1)
+
+    with tempfile.TemporaryFile() as file:
+        writer = RowWriter(file, (n_rows, seq_len), BOS, separator)
+        header = file.tell()
+        for ids in documents:
+            writer.add(ids)
+        file.seek(header)
+        rows = np.frombuffer(file.read(), "<i4").reshape(-1, seq_len)
+    assert rows.tolist() == [[BOS, *chain[start : start + seq_len - 1]] for start in starts]
+    assert writer.n_tokens == len(chain)
+    assert writer.full == (len(rows) == n_rows)
+
+
+def test_reading_stops_once_all_splits_are_full(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(_data: Data) -> Iterator[str]:
+        for i in range(10_000):
+            yield f"document number {i}"
+        pytest.fail("read on")
+
+    monkeypatch.setattr(tokens, "documents", endless)
+    assert len(prepare(data_of(corpus), tmp_path).heldout) == 4
+
+
+def test_split_of_never_moves() -> None:
+    found = [split_of(f"document {i}") for i in range(12)]
+    assert "".join(split[0] for split in found) == "ctttttttttht"
 
 
 def test_split_of_shares_are_eighty_ten_ten() -> None:
@@ -110,6 +163,58 @@ def test_preparing_again_opens_the_file_that_is_there(
     first = prepare(data_of(corpus), tmp_path)
     monkeypatch.setattr(tokens, "documents", lambda data: pytest.fail("read again"))
     assert prepare(data_of(corpus), tmp_path).hash == first.hash
+
+
+@pytest.mark.parametrize(
+    ("changed", "n_files"),
+    [
+        ({"dataset": "other"}, 2),
+        ({"dataset_revision": "other"}, 2),
+        ({"dataset_subset": "other"}, 2),
+        ({"dataset_split": "other"}, 2),
+        ({"text_column": "other"}, 2),
+        ({"seq_len": 8}, 2),
+        ({"n_heldout_tokens": 90}, 2),
+        ({"model": "other"}, 2),
+        ({"model_revision": "other"}, 2),
+        ({"dataset_path": "moved.txt"}, 1),
+        ({"n_heldout_tokens": 59}, 1),
+        ({"data_seed": 7}, 1),
+    ],
+)
+def test_what_the_rows_depend_on_gives_another_file(
+    corpus: Path, tmp_path: Path, changed: dict[str, Any], n_files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = corpus.read_text().split("\n\n")
+    monkeypatch.setattr(tokens, "documents", lambda _: iter(texts))
+    data, model = data_of(corpus), make_cell().model
+    for options in ({}, changed):
+        of_model = {key: value for key, value in options.items() if key.startswith("model")}
+        of_data = {key: value for key, value in options.items() if key not in of_model}
+        replaced = dataclasses.replace(data, **of_data), dataclasses.replace(model, **of_model)
+        prepare_tokens(*replaced, Bytes(), CacheFolder(tmp_path), silent)
+    assert len(list(tmp_path.rglob("manifest.json"))) == n_files
+
+
+def test_one_of_several_builds_and_the_others_wait(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[Data] = []
+
+    def slowly(data: Data) -> Iterator[str]:
+        builds.append(data)
+        time.sleep(0.2)  # long enough for the others to come to the lock
+        yield from corpus.read_text().split("\n\n")
+
+    monkeypatch.setattr(tokens, "documents", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = set(pool.map(lambda _: prepare(data_of(corpus), tmp_path).hash, range(4)))
+    assert (len(hashes), len(builds)) == (1, 1)
+
+
+def test_the_first_build_is_no_damage(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(data_of(corpus), tmp_path)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("n_documents", [1, 3, 1000])
@@ -158,6 +263,17 @@ def test_a_manifest_that_claims_terabytes_is_not_believed(corpus: Path, tmp_path
     manifest["files"]["train"]["shape"] = [2**40, 16]
     path.write_text(json.dumps(manifest))
     assert prepare(data_of(corpus), tmp_path).hash == expected
+
+
+def test_rows_of_another_type_are_not_believed(corpus: Path, tmp_path: Path) -> None:
+    expected = prepare(data_of(corpus), tmp_path).hash
+    (manifest_path,), (path,) = tmp_path.rglob("manifest.json"), tmp_path.rglob("train.npy")
+    np.save(path, np.load(path).astype(np.float32))
+    manifest = json.loads(manifest_path.read_text())
+    manifest["files"]["train"] |= {"n_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    manifest_path.write_text(json.dumps(manifest))
+    file = prepare(data_of(corpus), tmp_path)
+    assert (file.hash, file.train.dtype) == (expected, np.int32)
 
 
 def test_an_empty_text_is_named(tmp_path: Path) -> None:
