@@ -17,10 +17,12 @@ from sweep.config import SCHEMA_VERSION, Cell
 from sweep.gang import Member
 from sweep.options import Workflow
 from sweep.paths import ResultsFolder, write_atomic, write_json
+from sweep.progress import Snapshot
 from sweep.provenance import git_state, package_versions
 from sweep.results import write_run
 from sweep.summary import summary
 from sweep.tokens import TokenFile
+from sweep.train import SCORES
 from sweep.transcoder import save_transcoder
 
 __all__ = ["Workplace", "commit"]
@@ -64,7 +66,8 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
             "sequences": evaluation.sequences,
         },
     )
-    member.set_status(state="done", step=run.state.step)
+    scores = {name: row[name] for name in SCORES}
+    member.set_status(state="done", step=run.state.step, progress=Snapshot(), **scores)
     member.log.info("done: fvu %s at l0 %s", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)

@@ -18,6 +18,7 @@ from sweep.config import Cell, Site, cell_from_json
 from sweep.errors import Diverged, SweepError
 from sweep.evaluate import Evaluation
 from sweep.paths import CellFolder, ResultsFolder, try_lock
+from sweep.progress import Snapshot
 from sweep.status import Status, read_status
 from sweep.train import Run
 from sweep.transcoder import Transcoder
@@ -47,15 +48,17 @@ class Member:
         """Speaks in this cell's log only."""
         return logging.LoggerAdapter(log, {"cell_id": self.cell.cell_id})
 
-    def set_status(self, **values: Any) -> None:
+    def set_status(self, *, durable: bool = True, **values: Any) -> None:
         self.status = self.status.changed(**values)
-        self.status.write(self.folder)
+        self.status.write(self.folder, durable=durable)
         self.last_beat = time.monotonic()
 
-    def beat(self) -> None:
-        """Say how far the cell is, at most every HEARTBEAT_SECONDS."""
-        if self.run and time.monotonic() - self.last_beat > HEARTBEAT_SECONDS:
-            self.set_status(step=self.run.state.step)
+    def beat(self, progress: Snapshot) -> None:
+        """Say what the gang is at and how far the cell is, at most every HEARTBEAT_SECONDS."""
+        if time.monotonic() - self.last_beat <= HEARTBEAT_SECONDS:
+            return
+        values = {} if self.run is None else {"step": self.run.state.step, **self.run.scores()}
+        self.set_status(durable=False, progress=progress, **values)
 
 
 @dataclass
@@ -122,6 +125,7 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             steps=member.cell.schedule.steps,
             attempts=status.attempts + 1,
             error={},
+            progress=Snapshot(),
             host=socket.gethostname(),
             pid=os.getpid(),
         )

@@ -28,7 +28,7 @@ from sweep.initialise import initial_state
 from sweep.language_model import Activations, LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
 from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
-from sweep.progress import Report
+from sweep.progress import Progress, Report
 from sweep.revisions import layers_in, weights_hash
 from sweep.tokens import prepare_tokens
 from sweep.train import Run, train
@@ -50,10 +50,13 @@ def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: 
         if not gang.members:
             return
 
+        progress = Progress()
+
         def tick(phase: str, done: int, total: int, unit: str) -> None:
             report(phase, done, total, unit)
+            progress(phase, done, total, unit)
             for member in gang.members:
-                member.beat()
+                member.beat(progress.snapshot)
             if stop():
                 raise Interrupted
 

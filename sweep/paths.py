@@ -16,6 +16,7 @@ from sweep.errors import ResultsError
 __all__ = [
     "CacheFolder",
     "CellFolder",
+    "LaunchFolder",
     "ResultsFolder",
     "atomic_directory",
     "locked",
@@ -91,6 +92,32 @@ class CellFolder:
 
 
 @dataclass(frozen=True)
+class LaunchFolder:
+    """Names inside `sweeps/<sweep_id>.<random>/`: what a launcher and its jobs tell each other while they live."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launcher: a job that can take it has no launcher any more."""
+        return self.root / ".lock"
+
+    @property
+    def stop(self) -> Path:
+        """There once jobs shall save and end."""
+        return self.root / "stop"
+
+    def job(self, number: int) -> Path:
+        """What job `number` is to do."""
+        return self.root / f"job_{number}.json"
+
+    @property
+    def submitit(self) -> Path:
+        """Submitit's own folder: its pickles, and what jobs print."""
+        return self.root / "submitit"
+
+
+@dataclass(frozen=True)
 class ResultsFolder:
     """Names inside `results_dir`."""
 
@@ -99,6 +126,9 @@ class ResultsFolder:
     @property
     def sweeps(self) -> Path:
         return self.root / "sweeps"
+
+    def sweep(self, sweep_id: str) -> Path:
+        return self.sweeps / f"{sweep_id}.json"
 
     @property
     def about(self) -> Path:
@@ -166,24 +196,30 @@ class CacheFolder:
         return self.root / "activations" / key
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part."""
+def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
+
+    One that is not `durable` may be lost if the machine, not the process, dies in the next seconds.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomic(path, text.encode(), durable=durable)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from sweep.paths import CellFolder, write_json
+from sweep.progress import Snapshot
 
 __all__ = ["State", "Status", "read_status"]
 
@@ -15,7 +16,11 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Status:
-    """State of one cell. `attempts` counts starts, `failures` only ends by an error: a kill is not a failure."""
+    """State of one cell. `attempts` counts starts, `failures` only ends by an error: a kill is not a failure.
+
+    `progress` is what its gang is at. The scores are those of the last point on the training curve, on a training
+    batch by the training rule, until the cell is done; then they are the held-out ones.
+    """
 
     state: State = "new"
     step: int = 0
@@ -26,22 +31,30 @@ class Status:
     host: str = ""
     pid: int = 0
     updated_at: float = 0.0
+    progress: Snapshot = field(default_factory=Snapshot)
+    fvu: float | None = None
+    l0: float | None = None
+    dead_fraction: float | None = None
 
     def changed(self, **values: Any) -> "Status":
         return replace(self, **values, updated_at=time.time())
 
     def is_sound(self) -> bool:
         """Whether every field has the type it should: the file may have been damaged or written by a stranger."""
-        counts = (self.step, self.steps, self.attempts, self.failures, self.pid)
+        counts = (self.step, self.steps, self.attempts, self.failures, self.pid, self.progress.done)
+        numbers = (self.updated_at, self.progress.per_second, self.progress.seconds_left)
+        texts = (*self.error.values(), self.host, self.progress.phase, self.progress.unit)
+        scores = (self.fvu, self.l0, self.dead_fraction)
         return (
             self.state in get_args(State)
-            and all(type(count) is int for count in counts)
-            and isinstance(self.error, dict)
-            and all(isinstance(text, str) for text in (*self.error.values(), self.host))
+            and all(type(count) is int for count in (*counts, self.progress.total))
+            and all(type(number) in (int, float) for number in (*numbers, *(s for s in scores if s is not None)))
+            and all(isinstance(text, str) for text in texts)
         )
 
-    def write(self, folder: CellFolder) -> None:
-        write_json(folder.status, asdict(self))
+    def write(self, folder: CellFolder, *, durable: bool = True) -> None:
+        """Replace the file. One that is not `durable` may be lost with the machine: good enough for a heartbeat."""
+        write_json(folder.status, asdict(self), durable=durable)
 
 
 def read_status(folder: CellFolder) -> Status:
@@ -49,7 +62,9 @@ def read_status(folder: CellFolder) -> Status:
     try:
         if folder.status.stat().st_size > MAX_BYTES:
             return Status()
-        status = Status(**json.loads(folder.status.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        stored = json.loads(folder.status.read_text(encoding="utf-8"))
+        known = {f.name: stored[f.name] for f in fields(Status) if f.name in stored}  # older versions had fewer
+        status = Status(**known | {"progress": Snapshot(**known.get("progress", {}))})
+        return status if status.is_sound() else Status()
+    except (OSError, ValueError, TypeError, AttributeError):
         return Status()
-    return status if status.is_sound() else Status()

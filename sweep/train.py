@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 from sweep.activations import ActivationStream
 from sweep.config import Cell, Schedule
@@ -16,6 +17,9 @@ __all__ = ["Attempt", "Run", "train"]
 
 N_CURVE_POINTS = 200
 """Points on a training curve, whatever its length."""
+
+SCORES = ("fvu", "l0", "dead_fraction")
+"""What a status tells of a cell in training."""
 
 Attempt = Callable[["Run", Callable[[], None]], bool]
 """Calls the function for a run and tells whether it went well; a failure costs the run its place in the gang."""
@@ -58,6 +62,14 @@ class Run:
             raise Diverged(f"the weights are not finite after step {self.state.step}; try a lower lr")
         if self.checkpoint_steps:
             self.save(self.state)
+
+    def scores(self) -> dict[str, float]:
+        """FVU, L0 and dead fraction at the last point on the curve: of a training batch, by the training rule."""
+        latest = takewhile(lambda point: point[0] == self.state.curve[-1][0], reversed(self.state.curve))
+        values = {metric: value for _, metric, value in latest}
+        if "n_dead" in values:
+            values["dead_fraction"] = values["n_dead"] / self.cell.capacity.dict_size
+        return {name: values[name] for name in SCORES if math.isfinite(values.get(name, math.nan))}
 
     def _log(self, step: int, report: StepReport) -> None:
         if logs(step, self.cell.schedule):

@@ -4,7 +4,8 @@ The tiny language model is made once a session and is never changed: tests only 
 """
 
 import os
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -53,3 +54,14 @@ def language_model(tiny: Model, tiny_folder: "Path") -> "LanguageModel":
     from sweep.language_model import load_language_model
 
     return load_language_model(tiny, tiny_folder, "cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A clock that stands still until it is told otherwise."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    return Clock

@@ -127,7 +127,7 @@ def test_plan_shows_duplicates_and_they_run_once(tmp_path: Path) -> None:
         (["-m", "results_dir=a,b"], 2, "results_dir=a,b cannot be swept"),
         (["device=tpu"], 2, "device=tpu is not a device"),
         (["+dict_sise=3"], 2, "dict_sise=3 is not an option"),
-        (["hydra/launcher=basic"], 2, "choose hydra/launcher=inline"),
+        (["hydra/launcher=basic"], 2, "choose hydra/launcher=local"),
         (["hydra/sweeper=basic"], 2, "choose hydra/sweeper=grid"),
         (["-m", "experiment=smoke,null"], 2, "null"),
         (["results_dir=/dev/null/x"], 2, "results_dir=/dev/null/x cannot be used"),

@@ -4,30 +4,8 @@ from typing import Any
 
 import pytest
 
-from sweep.launch import console
-from sweep.launch.console import Pace, PlainLines, duration, readable, size
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A clock that stands still until it is told otherwise."""
-
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(console.time, "monotonic", lambda: Clock.now)
-    return Clock
-
-
-def test_pace_counts_work_and_not_pauses(clock: Any) -> None:
-    pace = Pace(0)
-    assert pace.reached(0) == 0.0
-    clock.now += 10
-    assert pace.reached(1000) == 100.0
-    clock.now += 600  # another phase was at work
-    assert pace.reached(1100) == 100.0
-    clock.now += 10
-    assert pace.reached(2100) == 100.0
+from sweep.launch.console import PlainLines, duration, line, readable, size
+from sweep.progress import Snapshot
 
 
 def test_lines_tell_progress_and_what_is_left(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +19,18 @@ def test_lines_tell_progress_and_what_is_left(clock: Any, capsys: pytest.Capture
     assert lines[:3] == ["start ...", "train: 0 of 400 steps", "train: 10 of 400 steps, 1/s, 6 min left"]
     assert lines[-1] == "train: 400 of 400 steps, 1/s"
     assert len(lines) == 2 + 40
+
+
+@pytest.mark.parametrize(
+    ("at", "text"),
+    [
+        (Snapshot("load language model"), "load language model ..."),
+        (Snapshot("tokenise", 10, 0, "tokens", 5.0), "tokenise: 10 tokens, 5/s"),
+        (Snapshot("train", 1200, 4800, "steps", 2.5, 1440.0), "train: 1,200 of 4,800 steps, 2.5/s, 24 min left"),
+    ],
+)
+def test_a_line_shows_what_is_known(at: Snapshot, text: str) -> None:
+    assert line(at) == text
 
 
 @pytest.mark.parametrize(

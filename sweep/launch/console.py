@@ -4,38 +4,55 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress import Progress as BarDisplay
 from rich.table import Table
 
 from sweep.launch.cost import Cost
+from sweep.launch.jobs import Job
+from sweep.launch.machine import Slot
 from sweep.launch.plan import Plan, Planned
-from sweep.paths import ResultsFolder
-from sweep.progress import Report
+from sweep.progress import Progress, Report, Snapshot
 
-__all__ = ["out", "problem", "progress", "show_cost", "show_failures", "show_plan", "show_results"]
+__all__ = [
+    "duration",
+    "line",
+    "out",
+    "plural",
+    "problem",
+    "progress",
+    "readable",
+    "show_cost",
+    "show_failures",
+    "show_plan",
+    "show_results",
+    "varied",
+]
 
 LINE_SECONDS = 10.0
 """Without a terminal a phase speaks at its start and then every this many seconds."""
-
-PAUSE_SECONDS = 20.0
-"""A phase that was silent for longer was waiting for another one."""
 
 out = Console(
     highlight=False, markup=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160
 )
 err = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
+
+MAX_JOBS_SHOWN = 8
+
+Failure = tuple[str, Path]
+"""A cell that is not done, and where to read more."""
 
 SCORES = ("fvu", "l0", "dead_fraction", "absorption_score")
 
@@ -55,7 +72,8 @@ def varied(cells: Sequence[Planned]) -> list[str]:
     return kept or ["dict_size", "top_k"]
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan, n_jobs: int) -> None:
+    """What happens to each cell and why; every job is a pass of the language model."""
     columns = varied(plan.cells)
     table = Table("cell", *columns, "plan", "why", box=None, pad_edge=False)
     for planned in plan.cells:
@@ -65,10 +83,29 @@ def show_plan(plan: Plan) -> None:
     counts: dict[str, int] = {}
     for planned in plan.cells:
         counts[planned.action] = counts.get(planned.action, 0) + 1
-    n_gangs = len(plan.gangs)
-    passes = plural(n_gangs, "language-model pass", "es") if n_gangs else "nothing to run"
+    passes = plural(n_jobs, "language-model pass", "es") if n_jobs else "nothing to run"
     summary = ", ".join(f"{n} {action}" for action, n in counts.items())
     out.print(f"{plural(len(plan.cells), 'cell')}: {summary}; {passes}")
+
+
+def show_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> None:
+    """How the cells are divided among processes and what each may use."""
+    for number, job in enumerate(jobs[:MAX_JOBS_SHOWN], 1):
+        name = f"job {number}: " if len(jobs) > 1 else ""
+        out.print(f"{name}{plural(len(job.cells), 'cell')}, memory up to {size(job.memory_bytes)}")
+    if len(jobs) > MAX_JOBS_SHOWN:
+        out.print(f"and {plural(len(jobs) - MAX_JOBS_SHOWN, 'more job')}")
+    if jobs:
+        where = ", ".join(f"GPU {slot.gpu}" for slot in slots if slot.gpu is not None) or "CPU"
+        out.print(f"{plural(len(slots), 'slot')} ({where}), {plural(slots[0].n_threads, 'thread')} each")
+    for slot in slots:
+        room = slot.memory_bytes
+        if room is not None and any(job.memory_bytes > room for job in jobs):
+            problem(
+                f"a job may need more memory than its slot has ({size(room)}); choose a smaller dict_size or "
+                "batch_size, or set hydra.launcher.memory_gib= if you know better"
+            )
+            break
 
 
 def show_cost(costs: Sequence[Cost], flops_per_second: float) -> None:
@@ -103,11 +140,11 @@ def sort_key(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
-def show_failures(failures: Mapping[str, Sequence[str]], results: ResultsFolder) -> None:
+def show_failures(failures: Mapping[str, Sequence[Failure]]) -> None:
     """Each reason once, with the cells it stopped and where to read more."""
-    for reason, cell_ids in failures.items():
-        cells = f"{plural(len(cell_ids), 'cell')} ({', '.join(cell_ids)})"
-        problem(f"{cells} {reason}\n    more in {results.cell(cell_ids[0]).log}")
+    for reason, stopped in failures.items():
+        cell_ids, (log, *_) = zip(*stopped, strict=True)
+        problem(f"{plural(len(stopped), 'cell')} ({', '.join(cell_ids)}) {reason}\n    more in {log}")
 
 
 def plural(n: int, word: str, ending: str = "s") -> str:
@@ -130,85 +167,66 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def line(at: Snapshot) -> str:
+    """Such as `train: 120 of 762 steps, 3.1/s, 3 min left`."""
+    if not at.unit:
+        return f"{at.phase} ..."
+    text = f"{at.phase}: {at.done:,}" + (f" of {at.total:,}" if at.total else "") + f" {at.unit}"
+    if at.per_second:
+        text += f", {at.per_second:,.3g}/s"
+    if at.seconds_left:
+        text += f", {duration(at.seconds_left)} left"
+    return text
+
+
 @contextmanager
 def progress() -> Iterator[Report]:
     """A report that draws bars on a terminal and prints a line now and then elsewhere."""
     if not out.is_terminal:
         yield PlainLines()
         return
-    bars = Progress(
+    bars = Bars(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]} {task.fields[pace]}", markup=False),
+        TextColumn("{task.fields[about]}", markup=False),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
         console=out,
     )
     with bars:
-        yield Bars(bars)
+        yield bars.report
 
 
-class Bars:
+class Bars(BarDisplay):
     """One bar per phase."""
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.tasks: dict[str, TaskID] = {}
-        self.paces: dict[str, Pace] = {}
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        super().__init__(*columns, console=console)
+        self._progress = Progress()
+        self._tasks_of: dict[str, TaskID] = {}
 
-    def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
-        if phase not in self.tasks:
-            self.tasks[phase] = self.bars.add_task(phase, unit=unit, pace="", total=total or None)
-            self.paces[phase] = Pace(done)
-        pace = self.paces[phase].reached(done)
-        text = f"({pace:,.3g}/s)" if pace else ""
-        self.bars.update(self.tasks[phase], completed=done, total=total or None, pace=text)
+    def report(self, phase: str, done: int, total: int, unit: str) -> None:
+        self._progress(phase, done, total, unit)
+        at = self._progress.snapshot
+        if phase not in self._tasks_of:
+            self._tasks_of[phase] = self.add_task(phase, about="", total=total or None)
+        left = f", {duration(at.seconds_left)} left" if at.seconds_left else ""
+        about = f"{unit} ({at.per_second:,.3g}/s{left})" if at.per_second else unit
+        self.update(self._tasks_of[phase], completed=done, total=total or None, about=about)
 
 
 class PlainLines:
-    """Lines such as `train: 120 of 762 steps, 3.1/s, 3 min left`."""
+    """A line when a phase begins and ends, and every LINE_SECONDS in between."""
 
     def __init__(self) -> None:
-        self.paces: dict[str, Pace] = {}
-        self.spoke: dict[str, float] = {}
+        self._progress = Progress()
+        self._spoke: dict[str, float] = {}
 
     def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
+        self._progress(phase, done, total, unit)
         now = time.monotonic()
-        first = phase not in self.paces
-        pace = self.paces.setdefault(phase, Pace(done)).reached(done)
-        if not first and done != total and now - self.spoke[phase] < LINE_SECONDS:
+        if phase in self._spoke and done != total and now - self._spoke[phase] < LINE_SECONDS:
             return
-        self.spoke[phase] = now
-        out.print(self.line(phase, done, total, unit, pace))
-
-    @staticmethod
-    def line(phase: str, done: int, total: int, unit: str, pace: float) -> str:
-        if not unit:
-            return f"{phase} ..."
-        text = f"{phase}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}"
-        if pace:
-            text += f", {pace:,.3g}/s"
-            if 0 < done < total:
-                text += f", {duration((total - done) / pace)} left"
-        return text
-
-
-class Pace:
-    """Units a second while a phase is at work: phases take turns, and pauses between two reports do not count."""
-
-    def __init__(self, done: int) -> None:
-        self.first = self.done = done
-        self.seconds = 0.0
-        self.last = time.monotonic()
-
-    def reached(self, done: int) -> float:
-        """Take note of a report; the pace so far, 0.0 while it is unknown."""
-        now = time.monotonic()
-        if now - self.last > PAUSE_SECONDS:
-            self.first += done - self.done  # what came after the pause took an unknown time
-        else:
-            self.seconds += now - self.last
-        self.done, self.last = done, now
-        return (done - self.first) / self.seconds if self.seconds > 0 and done > self.first else 0.0
+        self._spoke[phase] = now
+        out.print(line(self._progress.snapshot))

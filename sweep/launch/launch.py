@@ -1,10 +1,12 @@
-"""The flow of a sweep: resolve, plan, run, tell."""
+"""The flow of a sweep: resolve, plan, divide into jobs, run, tell."""
 
 import hashlib
 import logging
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,11 +17,14 @@ from typing import Any
 from sweep.config import Cell, as_json
 from sweep.errors import ConfigError, Interrupted, SweepError
 from sweep.launch import console
-from sweep.launch.cost import gang_cost, machine_flops
-from sweep.launch.plan import Job, Plan, is_locked, make_plan, resolve
-from sweep.options import Workflow
-from sweep.paths import ResultsFolder, check_writable, write_atomic, write_json
-from sweep.progress import Report
+from sweep.launch.console import Failure
+from sweep.launch.cost import gang_cost, machine_flops, training_flops
+from sweep.launch.jobs import Job, divide
+from sweep.launch.local import Queue, run_local
+from sweep.launch.machine import LocalOptions, Slot, find_slots
+from sweep.launch.plan import Composed, Plan, is_locked, make_plan, resolve
+from sweep.launch.watch import watching
+from sweep.paths import LaunchFolder, ResultsFolder, check_writable, locked, try_lock, write_atomic, write_json
 from sweep.provenance import git_state
 from sweep.status import read_status
 
@@ -27,31 +32,33 @@ __all__ = ["launch"]
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
-RunGang = Callable[[Sequence[str], Workflow, Report, Callable[[], bool]], None]
 
-
-def launch(jobs: Sequence[Job], backend: str) -> int:
-    """Run a sweep through the named backend; returns the exit code of the process."""
+def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
+    """Run a sweep; returns the exit code of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("sweep").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
     try:
-        workflow, cells = resolve(jobs)
+        workflow, cells = resolve(composed)
+        slots = find_slots(workflow.device, options)
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()
         plan = make_plan(workflow, cells, results)
-        console.show_plan(plan)
+        jobs = divide(
+            plan.gangs, slots, lambda cells: gang_cost(cells, workflow.cache_gib).memory_bytes, training_flops
+        )
+        console.show_plan(plan, len(jobs))
+        console.show_jobs(jobs, slots)
         if workflow.dry_run:
-            if plan.gangs:
-                costs = [gang_cost(gang, workflow.cache_gib) for gang in plan.gangs]
-                console.show_cost(costs, machine_flops())
+            if jobs:
+                console.show_cost([gang_cost(job.cells, workflow.cache_gib) for job in jobs], machine_flops())
             return DONE
         cache = Path(workflow.cache_dir)
         if results.root not in cache.parents:
             check_cache(cache)
         results.create()
-        return execute(plan, results, BACKENDS[backend])
+        return execute(plan, jobs, slots, results, BACKENDS[options.backend])
     except SweepError as error:
         console.problem(str(error))
         return WRONG
@@ -60,33 +67,65 @@ def launch(jobs: Sequence[Job], backend: str) -> int:
         return WRONG
 
 
-def execute(plan: Plan, results: ResultsFolder, run: RunGang) -> int:
-    """Freeze the configs, run the gangs one after the other and show what came of them."""
-    record(plan, results)
-    for gang in plan.gangs:
-        for cell in gang:
+Stop = Callable[[], bool]
+Backend = Callable[[Queue, Plan, ResultsFolder, Stop], None]
+
+
+def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: ResultsFolder, run: Backend) -> int:
+    """Freeze the configs, run the jobs and show what came of them."""
+    sweep_id = record(plan, results)
+    if not jobs:
+        return tell(plan, results)
+    for job in jobs:
+        for cell in job.cells:
             freeze(cell, results)
-    try:
-        with stopping() as stop, console.progress() as report:
-            for gang in plan.gangs:
-                run([cell.cell_id for cell in gang], plan.workflow, report, stop)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        saved = isinstance(stop, Interrupted) and plan.workflow.checkpoint_steps
-        what = "what was running is saved" if saved else "cells go on from their last checkpoint"
-        console.problem(f"interrupted; {what}. To go on:\n    {command()}")
-        return INTERRUPTED
-    return tell(plan, results)
+    with launch_folder(results, sweep_id) as folder:
+        queue = Queue(jobs, slots, plan.workflow, folder)
+        try:
+            with stopping() as stop:
+                run(queue, plan, results, stop)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            saved = isinstance(stop, Interrupted) and plan.workflow.checkpoint_steps
+            what = "what was running is saved" if saved else "cells go on from their last checkpoint"
+            console.problem(f"interrupted; {what}. To go on:\n    {command()}")
+            return INTERRUPTED
+        return tell(plan, results, queue)
 
 
-def run_inline(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: Callable[[], bool]) -> None:
-    """Backend `inline`: in this process."""
-    report("start", 0, 0, "")
-    from sweep import job
+def run_here(queue: Queue, plan: Plan, _results: ResultsFolder, stop: Stop) -> None:
+    """Backend `inline`: in this process, one job after the other."""
+    with console.progress() as report:
+        report("start", 0, 0, "")
+        from sweep import job
 
-    job.run_gang(cell_ids, workflow, report, stop)
+        for _, each in queue.waiting:
+            job.run_gang(each.cell_ids, plan.workflow, report, stop)
 
 
-BACKENDS: dict[str, RunGang] = {"inline": run_inline}
+def run_watched(queue: Queue, plan: Plan, results: ResultsFolder, stop: Stop) -> None:
+    """Backend `local`: jobs in processes of their own, and a live view of their cells."""
+    with watching([planned for planned in plan.cells if planned.runs], results) as watch:
+        run_local(queue, stop, watch)
+
+
+BACKENDS: dict[str, Backend] = {"inline": run_here, "local": run_watched}
+
+
+@contextmanager
+def launch_folder(results: ResultsFolder, sweep_id: str) -> Iterator[LaunchFolder]:
+    """A folder for this launcher and its jobs, locked while it lives. It stays if it holds what a job printed.
+
+    Side effects: those of dead launchers of the same sweep go.
+    """
+    for stale in results.sweeps.glob(f"{sweep_id}.*/"):
+        if lock := try_lock(LaunchFolder(stale).lock):
+            shutil.rmtree(stale)
+            lock.close()
+    folder = LaunchFolder(Path(tempfile.mkdtemp(prefix=f"{sweep_id}.", dir=results.sweeps)))
+    with locked(folder.lock):
+        yield folder
+    if not any(log.stat().st_size for log in folder.submitit.glob("*.err")):
+        shutil.rmtree(folder.root)
 
 
 @contextmanager
@@ -113,13 +152,13 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def record(plan: Plan, results: ResultsFolder) -> None:
-    """Write the sweep's own file: its command line and its cells. The same sweep again replaces it."""
+def record(plan: Plan, results: ResultsFolder) -> str:
+    """Write the sweep's own file: its command line and its cells. The same sweep again replaces it. Returns its id."""
     cell_ids = [planned.cell.cell_id for planned in plan.unique]
     sweep_id = hashlib.sha256(" ".join(cell_ids).encode()).hexdigest()[:10]
     git_sha, git_dirty = git_state()
     write_json(
-        results.sweeps / f"{sweep_id}.json",
+        results.sweep(sweep_id),
         {
             "sweep_id": sweep_id,
             "command": command(),
@@ -129,6 +168,7 @@ def record(plan: Plan, results: ResultsFolder) -> None:
             "git_dirty": git_dirty,
         },
     )
+    return sweep_id
 
 
 def freeze(cell: Cell, results: ResultsFolder) -> None:
@@ -137,27 +177,34 @@ def freeze(cell: Cell, results: ResultsFolder) -> None:
     write_atomic(folder.config, as_json(cell).encode())
 
 
-def tell(plan: Plan, results: ResultsFolder) -> int:
+def tell(plan: Plan, results: ResultsFolder, queue: Queue | None = None) -> int:
     """Show results and failures; the exit code says whether every cell is done."""
     metrics: dict[str, dict[str, Any]] = {}
-    failures: dict[str, list[str]] = {}
+    failures: dict[str, list[Failure]] = {}
     for planned in plan.unique:
         cell_id = planned.cell.cell_id
-        folder = results.cell(cell_id)
         if results.row("runs", cell_id).exists():
             metrics[cell_id] = read_row(results.row("runs", cell_id))
-            continue
-        status = read_status(folder)
-        if is_locked(folder):
-            reason = f"is being run by another process ({status.pid}); give the command again when it is done"
         else:
-            reason = f"{status.state}: {status.error.get('message', 'ended without a word')}"
-        failures.setdefault(reason, []).append(cell_id)
+            reason, log = why_not_done(cell_id, results, queue)
+            failures.setdefault(reason, []).append((cell_id, log))
     console.show_results(plan.unique, metrics)
-    console.show_failures(failures, results)
+    console.show_failures(failures)
     if metrics:
         console.out.print(f"ranked against baselines: python -m analysis rank {shlex.quote(str(results.root))}")
     return FAILED if failures else DONE
+
+
+def why_not_done(cell_id: str, results: ResultsFolder, queue: Queue | None) -> tuple[str, Path]:
+    """Why a cell has no row, and where more is written."""
+    folder = results.cell(cell_id)
+    status = read_status(folder)
+    if is_locked(folder):
+        return f"is being run by another process ({status.pid}); give the command again when it is done", folder.log
+    if status.state in ("failed", "diverged"):
+        return f"{status.state}: {status.error.get('message', '')}", folder.log
+    printed = None if queue is None else queue.printed(cell_id)
+    return "was killed: its process ended without a word; give the command again to go on", printed or folder.log
 
 
 def read_row(path: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.results import seal_holds
 from sweep.status import read_status
 
-__all__ = ["Job", "Plan", "Planned", "make_plan", "resolve"]
+__all__ = ["Composed", "Plan", "Planned", "is_locked", "make_plan", "resolve"]
 
-Job = tuple[list[str], dict[str, Any] | str]
+Composed = tuple[list[str], dict[str, Any] | str]
 """A cell as Hydra hands it over: its overrides, and its flat options or the reason why there are none."""
 
 OPTION_NAMES = {name for _, name, _, _ in option_fields()}
@@ -57,7 +57,7 @@ class Plan:
         return [planned for planned in self.cells if planned.action != "duplicate"]
 
 
-def resolve(jobs: Sequence[Job]) -> tuple[Workflow, list[tuple[tuple[str, ...], Cell]]]:
+def resolve(jobs: Sequence[Composed]) -> tuple[Workflow, list[tuple[tuple[str, ...], Cell]]]:
     """The workflow and the cells of a sweep.
 
     Raises:

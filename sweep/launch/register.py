@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from sweep.launch.help import help_text
+from sweep.launch.machine import LocalOptions
 from sweep.options import options_schema
 
 __all__ = ["SweepExit", "register", "run"]
@@ -37,4 +38,5 @@ def register() -> None:
     if plugins not in sys.path:
         sys.path.append(plugins)
     ConfigStore.instance().store(name="options", node=options_schema())
+    ConfigStore.instance().store(group="hydra/launcher", name="local_schema", node=LocalOptions)
     OmegaConf.register_new_resolver("option_help", help_text, replace=True)

@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweep.launch.machine import LocalOptions
 from sweep.launch.register import SweepExit
 
 
@@ -30,7 +31,7 @@ class GridSweeper(BasicSweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if not isinstance(self.launcher, SweepLauncher):
-            refuse("hydra/launcher", config.hydra.launcher._target_, "inline")
+            refuse("hydra/launcher", config.hydra.launcher._target_, "local")
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.hydra_context is not None and self.launcher is not None
@@ -43,8 +44,8 @@ class GridSweeper(BasicSweeper):
 class SweepLauncher(Launcher):
     """Composes every cell once and hands all of them to `sweep.launch.launch`."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, **options: Any) -> None:
+        self.options = LocalOptions(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         if not str(config.hydra.sweeper._target_).endswith(GridSweeper.__name__):
@@ -56,7 +57,7 @@ class SweepLauncher(Launcher):
         """Run the sweep and leave the process with its exit code."""
         from sweep.launch.launch import launch
 
-        raise SweepExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.backend))
+        raise SweepExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.options))
 
     def compose(self, overrides: list[str]) -> tuple[list[str], dict[str, Any] | str]:
         """The cell's overrides with its flat options, or with Hydra's words on why there are none."""

@@ -1,0 +1,151 @@
+"""What a person sees while jobs run: a live table on a terminal, a line now and then elsewhere.
+
+Everything shown is read from the cells' `status.json`; nothing is asked of a job.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from rich.live import Live
+from rich.table import Table
+
+from sweep.config import Cell
+from sweep.launch import console
+from sweep.launch.console import duration, out, plural, readable, varied
+from sweep.launch.local import Queue
+from sweep.launch.plan import Planned
+from sweep.paths import ResultsFolder
+from sweep.progress import Snapshot
+from sweep.status import Status, read_status
+
+__all__ = ["Row", "Watcher", "watching"]
+
+REFRESH_SECONDS = 1.0
+LINE_SECONDS = 10.0
+ENDED = ("done", "failed", "diverged", "interrupted")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell as the watcher knows it: `word` is its state, or what its job is at."""
+
+    cell: Cell
+    word: str
+    status: Status
+
+    @property
+    def texts(self) -> list[str]:
+        """State, step, tokens per second, time left, FVU, L0 and dead fraction."""
+        status, progress = self.status, self.status.progress
+        at_work = status.state == "running"
+        pace = tokens_per_second(progress, self.cell.schedule.batch_size) if at_work else 0.0
+        return [
+            self.word,
+            f"{status.step:,}/{self.cell.schedule.steps:,}" if status.attempts else "",
+            f"{pace:,.0f}" if pace else "",
+            duration(progress.seconds_left) if at_work and progress.seconds_left else "",
+            *("" if score is None else readable(score) for score in (status.fvu, status.l0, status.dead_fraction)),
+        ]
+
+
+def tokens_per_second(progress: Snapshot, batch_size: int) -> float:
+    """The pace in tokens; 0 for phases that count something else."""
+    return progress.per_second * {"tokens": 1, "steps": batch_size}.get(progress.unit, 0)
+
+
+class Watcher:
+    """Reads the cells' statuses when called, at most once a second, and shows what is new."""
+
+    def __init__(self, cells: Sequence[Planned], results: ResultsFolder, live: Live | None = None) -> None:
+        self._cells = cells
+        self._results = results
+        self._live = live
+        self._since = time.time()
+        self._looked = self._spoke = 0.0
+        self._told: set[str] = set()
+        self._phases: dict[int, str] = {}
+
+    def __call__(self, queue: Queue) -> None:
+        now = time.monotonic()
+        if now - self._looked < REFRESH_SECONDS and (queue.running or queue.waiting):
+            return
+        self._looked = now
+        rows = self.rows(queue)
+        if self._live is not None:
+            self._live.update(self.table(rows))
+        else:
+            self._speak(queue, rows, now)
+
+    def rows(self, queue: Queue) -> dict[str, Row]:
+        """Every cell that was to run, by id. A status from before this launch is no news."""
+        waiting = {cell_id for _, job in queue.waiting for cell_id in job.cell_ids}
+        rows = {}
+        for planned in self._cells:
+            cell = planned.cell
+            status = read_status(self._results.cell(cell.cell_id))
+            if status.updated_at < self._since:
+                status = replace(status, state="new", progress=Snapshot(), fvu=None, l0=None, dead_fraction=None)
+            if status.state == "new":
+                word = "waiting" if cell.cell_id in waiting else "starting"
+            else:
+                word = status.progress.phase if status.state == "running" else status.state
+            rows[cell.cell_id] = Row(cell, word or "starting", status)
+        return rows
+
+    def table(self, rows: dict[str, Row]) -> Table:
+        """As many cells as the terminal has room for, those at work first."""
+        columns = varied(self._cells)
+        table = Table("cell", *columns, "state", "step", "tokens/s", "left", "fvu", "l0", "dead", box=None)
+        urgent = sorted(rows.values(), key=lambda row: (row.status.state != "running", row.status.state == "new"))
+        room = max(out.height - 4, 4)
+        for row in urgent[:room]:
+            flat = row.cell.flat()
+            table.add_row(row.cell.cell_id, *(readable(flat[name]) for name in columns), *row.texts)
+        if hidden := urgent[room:]:
+            words = {word: sum(row.word == word for row in hidden) for word in dict.fromkeys(r.word for r in hidden)}
+            table.add_row(f"and {len(hidden)} more:", ", ".join(f"{n} {word}" for word, n in words.items()))
+        return table
+
+    def _speak(self, queue: Queue, rows: dict[str, Row], now: float) -> None:
+        """Cells that ended, each job's new phase, and every LINE_SECONDS how far each job is."""
+        for cell_id, row in rows.items():
+            if row.status.state in ENDED and cell_id not in self._told:
+                self._told.add(cell_id)
+                out.print(ending(row))
+        due = now - self._spoke > LINE_SECONDS
+        several = len(queue.running) + len(queue.waiting) + len(queue.over) > 1
+        for running in queue.running:
+            members = [rows[cell_id].status for cell_id in running.job.cell_ids]
+            going_on = [status for status in members if status.state not in ENDED]
+            if not going_on:
+                continue
+            latest = max(going_on, key=lambda status: status.updated_at)
+            progress = latest.progress if latest.progress.phase else Snapshot("start")
+            if due or self._phases.get(running.number) != progress.phase:
+                self._phases[running.number] = progress.phase
+                name = f"job {running.number}, {plural(len(running.job.cells), 'cell')}: " if several else ""
+                out.print(name + console.line(progress))
+                self._spoke = now
+
+
+def ending(row: Row) -> str:
+    """How a cell ended, in a line."""
+    status = row.status
+    if status.state != "done":
+        reason = status.error.get("message", "").partition("\n")[0]
+        return f"cell {row.cell.cell_id} {status.state} at step {status.step}" + (f": {reason}" if reason else "")
+    scores = [("fvu", status.fvu), ("l0", status.l0), ("dead", status.dead_fraction)]
+    known = ", ".join(f"{name} {readable(value)}" for name, value in scores if value is not None)
+    return f"cell {row.cell.cell_id} done: {known}"
+
+
+@contextmanager
+def watching(cells: Sequence[Planned], results: ResultsFolder) -> Iterator[Watcher]:
+    """A watcher for the cells that run."""
+    if not out.is_terminal:
+        yield Watcher(cells, results)
+        return
+    with Live(console=out, transient=True, refresh_per_second=2) as live:
+        yield Watcher(cells, results, live)

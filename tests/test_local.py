@@ -1,0 +1,233 @@
+"""The local queue as a user meets it: slots, kills, Ctrl-C at a terminal, a dead launcher. Real processes."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from gangs import same_bytes
+from test_cli import ROOT, run
+
+from sweep.config import cell_from_json
+from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.status import Status, read_status
+
+LONG = ("-m", "experiment=smoke", "seed=0,1", "steps=3000", "epochs=1", "checkpoint_steps=50", "keep_checkpoints=true")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def statuses(root: Path) -> list[Status]:
+    results = ResultsFolder(root)
+    return [read_status(results.cell(path.name)) for path in sorted(root.glob("cells/*"))]
+
+
+def n_training(root: Path) -> int:
+    """Cells that have a checkpoint and are at work."""
+    return len({path.parent for path in root.glob("cells/*/checkpoints/step_*")})
+
+
+def jobs_of(root: Path) -> list[psutil.Process]:
+    """The processes that work on the cells, as their statuses name them."""
+    return [psutil.Process(pid) for pid in {status.pid for status in statuses(root) if status.state == "running"}]
+
+
+def started(root: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments, f"results_dir={root}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def unlocked(root: Path) -> bool:
+    """Whether nobody works on any cell."""
+    locks = [try_lock(path / ".lock") for path in root.glob("cells/*")]
+    for lock in locks:
+        if lock:
+            lock.close()
+    return all(locks)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> ResultsFolder:
+    """The two cells in one job, never stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run(*LONG, f"cache_dir={cache.root}", f"results_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "1 slot (CPU)" in done.stdout
+    return ResultsFolder(folder)
+
+
+def finish_and_compare(root: Path, cache: CacheFolder, unbroken: ResultsFolder) -> str:
+    done = run(*LONG, f"cache_dir={cache.root}", f"results_dir={root}")
+    assert done.returncode == 0, done.stderr
+    for path in root.glob("cells/*/config.json"):
+        same_bytes(unbroken, ResultsFolder(root), cell_from_json(path.read_text()))
+    return done.stdout
+
+
+def test_two_slots_run_two_jobs_at_once_and_end_in_the_same_bytes(
+    tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    process = started(tmp_path, *LONG, f"cache_dir={cache.root}", "hydra.launcher.slots=2")
+    wait_for(lambda: n_training(tmp_path) == 2)
+    assert len(jobs_of(tmp_path)) == 2
+    assert all(job.environ()["OMP_NUM_THREADS"] == "1" for job in jobs_of(tmp_path))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "job 2: 1 cell" in output
+    assert "2 slots (CPU), 1 thread each" in output
+    assert not list(tmp_path.glob("sweeps/*/"))
+    for path in tmp_path.glob("cells/*/config.json"):
+        same_bytes(unbroken, ResultsFolder(tmp_path), cell_from_json(path.read_text()))
+
+
+def test_a_killed_job_is_seen_at_once_and_resumed_by_the_next_run(
+    tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    process = started(tmp_path, *LONG, f"cache_dir={cache.root}", "hydra.launcher.slots=2")
+    wait_for(lambda: n_training(tmp_path) == 2)
+    jobs_of(tmp_path)[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "1 cell" in errors
+    assert "was killed" in errors
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert sorted(status.failures for status in statuses(tmp_path)) == [0, 0]
+    assert "1 resume" in finish_and_compare(tmp_path, cache, unbroken)
+
+
+class AtTerminal:
+    """A sweep in the foreground of a terminal of its own, where Ctrl-C reaches every process it starts."""
+
+    def __init__(self, root: Path, *arguments: str) -> None:
+        command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments, f"results_dir={root}"]
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.execv(sys.executable, command)
+        os.set_blocking(self.terminal, False)
+        self.code: int | None = None
+        self.shown = ""
+
+    def press(self, key: bytes) -> None:
+        os.write(self.terminal, key)
+
+    def over(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait, and read all the while what the terminal shows, so that the program never blocks on it."""
+
+        def holds() -> bool:
+            with contextlib.suppress(OSError):  # nothing new, or nobody there to write
+                self.shown += os.read(self.terminal, 1 << 16).decode(errors="replace")
+            return condition()
+
+        wait_for(holds, seconds)
+
+    def close(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not self.over():
+                psutil.Process(self.pid).kill()
+                os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+
+
+def test_ctrl_c_saves_every_job_and_tells_how_to_go_on(
+    tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    with contextlib.closing(
+        AtTerminal(tmp_path, *LONG, f"cache_dir={cache.root}", "hydra.launcher.slots=2")
+    ) as program:
+        program.wait_for(lambda: n_training(tmp_path) == 2)
+        program.press(b"\x03")
+        program.wait_for(program.over, 60)
+        assert program.code == 130
+        assert "tokens/s" in program.shown  # the live table
+        assert "stopping after this step" in program.shown
+        assert "interrupted; what was running is saved. To go on:" in program.shown
+        assert "Traceback" not in program.shown
+    for cell in tmp_path.glob("cells/*"):
+        status = read_status(ResultsFolder(tmp_path).cell(cell.name))
+        assert status.state == "interrupted"
+        assert (cell / "checkpoints" / f"step_{status.step:08d}" / "manifest.json").exists()
+    assert unlocked(tmp_path)
+    assert "2 resume" in finish_and_compare(tmp_path, cache, unbroken)
+
+
+def test_ctrl_c_twice_kills(tmp_path: Path, cache: CacheFolder) -> None:
+    with contextlib.closing(AtTerminal(tmp_path, *LONG, f"cache_dir={cache.root}")) as program:
+        program.wait_for(lambda: n_training(tmp_path) == 2)
+        (job,) = jobs_of(tmp_path)
+        job.suspend()  # a job that does not react
+        program.press(b"\x03")
+        program.wait_for(lambda: "once more to stop at once" in program.shown, 10)
+        assert not program.over()
+        program.press(b"\x03")
+        program.wait_for(program.over, 10)
+        assert program.code == 130
+        assert "cells go on from their last checkpoint" in program.shown
+    assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE
+    assert unlocked(tmp_path)
+
+
+def test_no_job_outlives_its_launcher(tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder) -> None:
+    process = started(tmp_path, *LONG, f"cache_dir={cache.root}")
+    wait_for(lambda: n_training(tmp_path) == 2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert {status.state for status in statuses(tmp_path)} == {"interrupted"}  # it saved before it went
+    assert len(list(tmp_path.glob("sweeps/*/"))) == 1
+    assert "2 resume" in finish_and_compare(tmp_path, cache, unbroken)
+    assert not list(tmp_path.glob("sweeps/*/"))
+
+
+def test_a_failing_cell_leaves_the_others_and_is_told(tmp_path: Path, cache: CacheFolder) -> None:
+    grid = ("-m", "experiment=smoke", "lr=1e-3,1e30", "steps=60", "hydra.launcher.slots=1")
+    done = run(*grid, f"cache_dir={cache.root}", f"results_dir={tmp_path}")
+    assert done.returncode == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert "diverged" in done.stderr
+    assert "more in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_launcher_options_are_refused_in_plain_words(tmp_path: Path) -> None:
+    for option, message in (
+        ("hydra.launcher.slots=0", "hydra.launcher.slots=0 must be at least 1"),
+        ("hydra.launcher.slots=many", "many"),
+        ("hydra.launcher.slotz=2", "slotz"),
+    ):
+        done = run("experiment=smoke", option, f"results_dir={tmp_path / 'out'}")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_tells_what_a_job_is_at(unbroken: ResultsFolder) -> None:
+    for status in statuses(unbroken.root):
+        assert status.state == "done"
+        assert status.step == 3000
+        row = json.loads(next(unbroken.root.glob("cells/*/metrics.json")).read_text())
+        assert status.fvu is not None
+        assert status.l0 is not None
+        assert row["fvu"] > 0
