@@ -1,5 +1,6 @@
 """Documents that cannot lie: they name what is there."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -34,12 +35,21 @@ def test_structure_names_every_module() -> None:
 
 
 def test_readme_options_exist() -> None:
+    from sweep.launch.machine import LocalOptions
     from sweep.options import option_fields
 
-    names = {name for _, name, _, _ in option_fields()} | {"model", "data", "capacity", "schedule", "revival"}
+    names = {name for _, name, _, _ in option_fields()} | {
+        "model",
+        "data",
+        "capacity",
+        "schedule",
+        "revival",
+        "experiment",
+    }
+    names |= {"hydra/launcher"} | {f"hydra.launcher.{field.name}" for field in dataclasses.fields(LocalOptions)}
     for line in re.findall(r"^python sweep_runner\.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE):
-        for key in re.findall(r"(\w+)=", line.partition("#")[0]):
-            assert key in names | {"experiment"}
+        for key in re.findall(r"([\w./]+)=", line.partition("#")[0]):
+            assert key in names
 
 
 def test_changelog_begins_with_this_version() -> None:
