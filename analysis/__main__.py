@@ -11,7 +11,7 @@ import typer
 from sweep.errors import SweepError
 
 if TYPE_CHECKING:
-    from analysis.load import Loaded
+    from analysis.tables import Loaded
 
 app = typer.Typer(
     help="Rank and query the results of sweeps. Reads Parquet only; data goes to stdout, remarks to stderr.",
@@ -48,9 +48,9 @@ def rank_command(
     with refusals():
         one_format(json, csv)
         from analysis import query, show
-        from analysis.load import load_table
         from analysis.rank import FIELDS, rank, records
         from analysis.rank_table import rank_text
+        from analysis.tables import load_table
 
         loaded = load_table(results, "runs")
         remark(loaded.warnings)
@@ -93,8 +93,8 @@ def query_command(
         one_format(json, csv)
         folder, statement = folder_and_sql(words)
         from analysis import show
-        from analysis.load import load_table
         from analysis.query import query
+        from analysis.tables import load_table
 
         frame, loaded = query(folder, statement)
         for part in loaded:
@@ -180,7 +180,7 @@ def remark(lines: Iterable[str]) -> None:
 
 def nothing_yet(folder: Path, runs: "Loaded") -> list[str]:
     """What to say about a folder from which no run could be read; nothing if there are some."""
-    from analysis.load import what_to_run
+    from analysis.tables import what_to_run
 
     if runs.n_files:
         return []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.load import Loaded, first_line, load_table
+from analysis.files import first_line
+from analysis.tables import Loaded, load_table
 from sweep.errors import ConfigError
 from sweep.results import TABLES, polars_schema
 

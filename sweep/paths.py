@@ -140,6 +140,10 @@ class ResultsFolder:
     def row(self, table: str, cell_id: str) -> Path:
         return self.root / table / f"{cell_id}.parquet"
 
+    def compact(self, table: str) -> Path:
+        """All files of a table as one, made by the analysis; can be deleted."""
+        return self.root / "cache" / "analysis" / f"{table}.parquet"
+
     def cell(self, cell_id: str) -> CellFolder:
         return CellFolder(self.root / "cells" / cell_id)
 

@@ -6,6 +6,7 @@ A new metric is a new `Column` here. Writers cast to the schema, readers pass it
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,21 @@ from sweep.paths import ResultsFolder, write_atomic
 if TYPE_CHECKING:
     import polars
 
-__all__ = ["DEAD_AT_TOKENS", "METRICS", "TABLES", "Column", "polars_schema", "seal_holds", "write_run", "write_table"]
+__all__ = [
+    "BLANK_SEAL",
+    "DEAD_AT_TOKENS",
+    "METRICS",
+    "TABLES",
+    "Column",
+    "columns_of",
+    "fingerprint",
+    "parquet_bytes",
+    "polars_schema",
+    "seal_holds",
+    "sealed",
+    "write_run",
+    "write_table",
+]
 
 Dtype = Literal["int64", "float64", "string", "bool", "list[int64]", "list[float64]"]
 
@@ -172,6 +187,15 @@ def write_table(table: str, path: Path, rows: Iterable[Mapping[str, Any]]) -> No
     Raises:
         KeyError: a row has a column the schema does not know.
     """
+    write_atomic(path, parquet_bytes(table, rows))
+
+
+def parquet_bytes(table: str, rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A Parquet file of the table's schema, sealed, as `write_table` leaves it.
+
+    Raises:
+        KeyError: a row has a column the schema does not know.
+    """
     import polars as pl
 
     schema = polars_schema(table)
@@ -180,8 +204,24 @@ def write_table(table: str, path: Path, rows: Iterable[Mapping[str, Any]]) -> No
         raise KeyError(f"not in the schema of {table}: {', '.join(sorted(unknown))}")
     frame = pl.DataFrame({name: [row.get(name) for row in rows] for name in schema}, schema=schema, strict=True)
     buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd", statistics=False, metadata={"seal": BLANK_SEAL.decode()})
-    write_atomic(path, sealed(buffer.getvalue()))
+    metadata = {"columns": COLUMNS.decode() + fingerprint(table), "seal": BLANK_SEAL.decode()}
+    compression: Literal["uncompressed", "zstd"] = "uncompressed" if table == "runs" else "zstd"  # one row: no gain
+    frame.write_parquet(buffer, compression=compression, statistics=False, metadata=metadata)
+    return sealed(buffer.getvalue())
+
+
+COLUMNS = b"sha256 of its column names and types: "
+
+
+def fingerprint(table: str) -> str:
+    """Hash of the names and types of a table's columns: files that carry the same one can be read as one."""
+    return hashlib.sha256(json.dumps([(c.name, c.dtype) for c in TABLES[table]]).encode()).hexdigest()
+
+
+def columns_of(parquet: bytes) -> bytes | None:
+    """The fingerprint of its columns that a file carries; None for one without."""
+    place = parquet.rfind(COLUMNS) + len(COLUMNS)
+    return None if place < len(COLUMNS) else parquet[place : place + 64]
 
 
 SEAL = b"sha256 of this file with its digits as 0: "
@@ -199,8 +239,11 @@ def seal_holds(parquet: bytes) -> bool | None:
     place = parquet.rfind(SEAL) + len(SEAL)
     if place < len(SEAL):
         return None
-    digits, blank = parquet[place : place + 64], parquet[:place] + b"0" * 64 + parquet[place + 64 :]
-    return hashlib.sha256(blank).hexdigest().encode() == digits
+    whole = memoryview(parquet)
+    digest = hashlib.sha256(whole[:place])
+    digest.update(b"0" * 64)
+    digest.update(whole[place + 64 :])
+    return digest.hexdigest().encode() == parquet[place : place + 64]
 
 
 def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

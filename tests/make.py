@@ -1,11 +1,14 @@
-"""Small valid values for tests: `from make import TINY, make_cell, make_options, make_site`."""
+"""Small valid values for tests, and made-up results of finished cells: `from make import make_cell, write_cell`."""
 
+from pathlib import Path
 from typing import Any
 
 from sweep.config import Cell, Model, Site
 from sweep.options import cell_from_options
+from sweep.paths import ResultsFolder
+from sweep.results import write_run
 
-__all__ = ["TINY", "make_cell", "make_options", "make_site"]
+__all__ = ["TINY", "make_cell", "make_options", "make_site", "row_file", "write_cell"]
 
 TINY = Model(
     model="tiny",
@@ -79,3 +82,31 @@ def make_cell(**overrides: Any) -> Cell:
 
 def make_site(layer: int = 1, hook_in: str = "norm_out", hook_out: str = "mlp_out") -> Site:
     return Site(layer=layer, hook_in=hook_in, hook_out=hook_out)
+
+
+def write_cell(root: Path, cell_id: str, *, options: dict[str, Any] | None = None, **row: Any) -> None:
+    """Commit a made-up finished cell: `options` as on the command line, `row` whatever else its row should say."""
+    flat = make_cell(**(options or {})).flat()
+    results = ResultsFolder(root)
+    results.create()
+    run = {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()},
+        "kind": "cell",
+        "status": "done",
+        "schema_version": 1,
+        "fvu": 0.5,
+        "l0": 4.0,
+        "dead_fraction": 0.25,
+        "tokens_hash": "7" * 64,
+        "heldout_hash": "a" * 64,
+        "model_hash": "b" * 64,
+        **row,
+    }
+    curve = [{"step": step, "metric": "loss", "value": 1 / (step + 1)} for step in range(3)]
+    latents = [{"latent": i, "group": 0, "density": 0.5} for i in range(2)]
+    sequences = [{"sequence": 0, "n_tokens": 31, "sum_squared_error": 1.5}]
+    write_run(results, cell_id, {"runs": [run], "curves": curve, "latents": latents, "sequences": sequences})
+
+
+def row_file(root: Path, cell_id: str, table: str = "runs") -> Path:
+    return ResultsFolder(root).row(table, cell_id)

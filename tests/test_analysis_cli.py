@@ -11,10 +11,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_analysis_load import row_file, write_cell
+from make import row_file, write_cell
 from typer.testing import CliRunner, Result
 
-from analysis import load, show
+from analysis import files, show
 from analysis.__main__ import app
 from analysis.query import tables_named
 from sweep.results import TABLES
@@ -176,8 +176,8 @@ def test_query_with_bad_sql_gives_one_line_and_the_names(results: Path, sql: str
 
 def test_query_reads_only_the_tables_it_names(results: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[Path] = []
-    original = load._read
-    monkeypatch.setattr(load, "_read", lambda path: read.append(path) or original(path))
+    original = files._checked
+    monkeypatch.setattr(files, "_checked", lambda path: read.append(path) or original(path))
     assert run("query", results, "select count(*) from latents").exit_code == 0
     assert {path.parent.name for path in read} == {"latents"}
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_analysis_load import write_cell
+from make import write_cell
 
-from analysis.load import load_table
 from analysis.rank import FIELDS, Group, pareto_front, rank, records
 from analysis.rank_table import rank_text
+from analysis.tables import load_table
 
 
 def ranked(root: Path) -> list[Group]:

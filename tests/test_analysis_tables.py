@@ -8,45 +8,24 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make import make_cell
+from make import row_file, write_cell
 
-from analysis.load import load_table, open_results
-from sweep.errors import ResultsError
-from sweep.paths import ResultsFolder
-from sweep.results import TABLES, polars_schema, write_run
-
-
-def write_cell(root: Path, cell_id: str, *, options: dict[str, Any] | None = None, **row: Any) -> None:
-    """Commit a made-up finished cell: `options` as on the command line, `row` whatever else its row should say."""
-    flat = make_cell(**(options or {})).flat()
-    results = ResultsFolder(root)
-    results.create()
-    run = {
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()},
-        "kind": "cell",
-        "status": "done",
-        "schema_version": 1,
-        "fvu": 0.5,
-        "l0": 4.0,
-        "dead_fraction": 0.25,
-        "tokens_hash": "7" * 64,
-        "heldout_hash": "a" * 64,
-        "model_hash": "b" * 64,
-        **row,
-    }
-    curve = [{"step": step, "metric": "loss", "value": 1 / (step + 1)} for step in range(3)]
-    latents = [{"latent": i, "group": 0, "density": 0.5} for i in range(2)]
-    sequences = [{"sequence": 0, "n_tokens": 31, "sum_squared_error": 1.5}]
-    write_run(results, cell_id, {"runs": [run], "curves": curve, "latents": latents, "sequences": sequences})
-
-
-def row_file(root: Path, cell_id: str, table: str = "runs") -> Path:
-    return ResultsFolder(root).row(table, cell_id)
+import analysis
+from analysis import tables
+from analysis.tables import load_table, open_results
+from sweep.errors import ConfigError, ResultsError
+from sweep.results import TABLES, polars_schema
 
 
 def rewrite(path: Path, **columns: Any) -> None:
     """Replace or add columns of a committed file, as another version of the code would have written them."""
     pl.read_parquet(io.BytesIO(path.read_bytes())).with_columns(**columns).write_parquet(path)
+
+
+@pytest.fixture(autouse=True, params=[tables.CACHED_FROM, 1], ids=["files", "cache"])
+def path_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds for the few that are read directly and for the many that go through the cache."""
+    monkeypatch.setattr(tables, "CACHED_FROM", request.param)
 
 
 @pytest.mark.parametrize("table", list(TABLES))
@@ -225,3 +204,27 @@ def test_open_results_refuses_what_is_not_a_results_folder(tmp_path: Path):
         open_results(tmp_path)
     with pytest.raises(ResultsError, match="is not a results folder"):
         open_results(tmp_path / "thesis.txt")
+
+
+def test_load_of_some_cells_reads_only_theirs(tmp_path: Path):
+    for cell_id in ("aa", "bb", "cc"):
+        write_cell(tmp_path, cell_id)
+    row_file(tmp_path, "bb", "curves").write_bytes(b"")
+    loaded = load_table(tmp_path, "curves", cells=["cc", "aa", "zz"])
+    assert loaded.frame.collect()["cell_id"].unique(maintain_order=True).to_list() == ["aa", "cc"]
+    assert (loaded.n_files, loaded.warnings) == (2, [])
+
+
+def test_load_in_a_notebook_warns_of_what_it_leaves_out(tmp_path: Path):
+    write_cell(tmp_path, "aa", fvu=0.25)
+    write_cell(tmp_path, "bb")
+    row_file(tmp_path, "bb").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"left out .*bb.parquet: it is empty"):
+        frame = analysis.load(tmp_path)
+    assert frame.select("fvu").collect()["fvu"].to_list() == [0.25]
+    assert analysis.load(str(tmp_path), "curves").collect().height == 6
+
+
+def test_load_of_an_unknown_table_names_the_tables(tmp_path: Path):
+    with pytest.raises(ConfigError, match="runs, curves, latents, sequences"):
+        load_table(tmp_path, "cells")
