@@ -6,12 +6,14 @@ SweepError
 │   └── CheckpointError  a checkpoint is damaged or belongs to another cell
 ├── DataError            text that is empty, too short or changed under our feet
 ├── ModelError           a language model that cannot be loaded, or lacks the hook or layer
+├── BaselineError        somebody else's transcoder that is not there, not whole, or of another model
 └── Diverged             the training loss of a cell stopped being a number
 
 Interrupted              not an error: somebody asked the job to stop, and it has saved its cells
 """
 
 __all__ = [
+    "BaselineError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -49,6 +51,10 @@ class DataError(SweepError):
 
 class ModelError(SweepError):
     """The language model cannot be loaded, or has no such layer or hook."""
+
+
+class BaselineError(SweepError):
+    """Somebody else's transcoder is not there, not whole, or of another model."""
 
 
 class Diverged(SweepError):

@@ -46,7 +46,9 @@ class Predictor(Protocol):
 
     def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]: ...
 
-    def decode(self, latents: Float[Tensor, "n dict_size"]) -> Float[Tensor, "n d_out"]: ...
+    def decode(
+        self, latents: Float[Tensor, "n dict_size"], source: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]: ...
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,10 @@ class Score:
         """Add a block, a chunk of tokens at a time, so that the latents of a chunk stay small."""
         source, target = activations.source, activations.target
         for chunk in pieces(len(source), 4 * self.dict_size):
-            latents = self.predictor.encode(source[chunk].to(self.predictor.W_enc))
+            read = source[chunk].to(self.predictor.W_enc)
+            latents = self.predictor.encode(read)
             self.activity.update(latents)
-            self.reconstruction.update(target[chunk], self.predictor.decode(latents).to(target.device))
+            self.reconstruction.update(target[chunk], self.predictor.decode(latents, read).to(target.device))
 
     def evaluation(self, deviations: Deviations, seq_tokens: int) -> Evaluation:
         similarity = decoder_similarity(self.predictor.W_dec)

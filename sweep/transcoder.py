@@ -2,7 +2,7 @@
 
     pre_latents = source @ W_enc + b_enc          [n, dict_size]
     latents     = select(relu(pre_latents))       sparse, by the activation rule
-    target_hat  = latents @ W_dec + b_dec         [n, d_out]
+    target_hat  = latents @ W_dec + b_dec         [n, d_out]      (+ source @ W_skip, in some from elsewhere)
 
 `Parameters` are what training changes, in scaled units (source and target have unit mean square).
 `Transcoder` is what inference reads, in the language model's own units: the scales are folded in.
@@ -99,6 +99,8 @@ class Transcoder:
     activation: str
     top_k: int
     threshold: Float[Tensor, " dict_size"] | None
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+    """Adds a linear map of the source to the prediction; ours have none."""
 
     def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
         pre = torch.addmm(self.b_enc, source, self.W_enc)
@@ -106,8 +108,15 @@ class Transcoder:
             return select_top_k(pre, self.top_k)
         return torch.where(pre > self.threshold, pre, 0)
 
-    def decode(self, latents: Float[Tensor, "n dict_size"]) -> Float[Tensor, "n d_out"]:
-        return torch.addmm(self.b_dec, latents, self.W_dec)
+    def decode(
+        self, latents: Float[Tensor, "n dict_size"], source: Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """The prediction; `source`, from which the latents came, is needed where there is a `W_skip`."""
+        prediction = torch.addmm(self.b_dec, latents, self.W_dec)
+        if self.W_skip is None:
+            return prediction
+        assert source is not None, "a transcoder with W_skip decodes latents and source"
+        return prediction.addmm_(source, self.W_skip)
 
 
 def fold(
@@ -133,7 +142,7 @@ def fold(
 def save_transcoder(folder: Path, transcoder: Transcoder, about: dict[str, Any]) -> None:
     """Write `transcoder.safetensors` and `config.json`, each atomically; `about` joins the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
     tensors = {name: tensor for name in names if (tensor := getattr(transcoder, name)) is not None}
     write_atomic(folder / "transcoder.safetensors", save({k: v.cpu().contiguous() for k, v in tensors.items()}))
     d_in, dict_size = transcoder.W_enc.shape
@@ -147,6 +156,7 @@ def save_transcoder(folder: Path, transcoder: Transcoder, about: dict[str, Any])
             "d_in": d_in,
             "dict_size": dict_size,
             "d_out": transcoder.W_dec.shape[1],
+            "skip": transcoder.W_skip is not None,
             **about,
         },
     )
@@ -172,9 +182,8 @@ def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
             tensors = {name: file.get_tensor(name) for name in expected}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read as a transcoder: {error}") from error
-    return Transcoder(
-        **tensors | {"threshold": tensors.get("threshold")}, activation=config["activation"], top_k=config["top_k"]
-    )
+    optional = {name: tensors.get(name) for name in ("threshold", "W_skip")}
+    return Transcoder(**tensors | optional, activation=config["activation"], top_k=config["top_k"])
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -182,4 +191,6 @@ def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes = {"W_enc": (d_in, dict_size), "b_enc": (dict_size,), "W_dec": (dict_size, d_out), "b_dec": (d_out,)}
     if config["activation"] == "jump_relu":
         shapes["threshold"] = (dict_size,)
+    if config.get("skip"):
+        shapes["W_skip"] = (d_in, d_out)
     return shapes

@@ -33,7 +33,7 @@ class Linear:
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return (source @ self.W_enc).relu()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
         return latents @ self.W_dec + self.b_dec
 
 

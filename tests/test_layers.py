@@ -14,9 +14,18 @@ LAYERS: list[set[str]] = [
     {"sweep.revisions"},
     {"sweep.config", "sweep.paths"},
     {"sweep.options", "sweep.status", "sweep.provenance", "sweep.summary"},
-    {"sweep.results", "sweep.schedule", "sweep.text", "sweep.baselines", "sweep.baselines.published"},
+    {
+        "sweep.results",
+        "sweep.schedule",
+        "sweep.text",
+        "sweep.baselines",
+        "sweep.baselines.published",
+        "sweep.baselines.npz",
+        "sweep.baselines.family",
+    },
+    {"sweep.baselines.hub"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
-    {"sweep.language_model", "sweep.state"},
+    {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {"sweep.activations", "sweep.step", "sweep.step.loss", "sweep.step.update", "sweep.checkpoint", "sweep.metrics"},
     {"sweep.step.reference", "sweep.blocks", "sweep.initialise", "sweep.finish"},
     {"sweep.train", "sweep.evaluate"},
@@ -38,7 +47,7 @@ TORCH_FREE = {
     module
     for layer in LAYERS
     for module in layer
-    if module.startswith(("sweep.launch", "sweep.baselines"))
+    if (module.startswith(("sweep.launch", "sweep.baselines")) and module != "sweep.baselines.gemma_scope")
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",

@@ -1,0 +1,162 @@
+"""Google's transcoders as transcoders of ours, each with its own hook.
+
+    Gemma Scope      reads x / rms(x), without the norm's weight; params.npz
+    Gemma Scope 2    reads what the MLP reads, the norm's weight applied; params.safetensors and config.json
+
+    pre = x W_enc + b_enc;  f = pre where pre > threshold, else 0;  y = f W_dec + b_dec (+ x W_skip)
+
+Both predict what is added to the residual. b_dec is not subtracted from the input, and nothing is scaled.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sweep.baselines.family import CONFIG, Entry, read_config
+from sweep.baselines.npz import npz_shapes, read_npz, why_not_whole
+from sweep.config import Site
+from sweep.errors import BaselineError
+from sweep.revisions import sha256_of_file
+from sweep.transcoder import Transcoder
+
+__all__ = ["Baseline", "check_shapes", "load_baseline", "suspicions"]
+
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+SECOND_NAMES = {
+    "w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold",
+    "affine_skip_connection": "W_skip",
+}  # fmt: skip
+
+HOOKS_OF_SECOND = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
+"""Where transcoders of Gemma Scope 2 read and what they predict, in the words of their config.json."""
+
+L0_FACTOR = 1.5
+"""A measured L0 further than this from the authors' says that something is read the wrong way, or another text."""
+
+NORM_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Somebody else's transcoder, ready to be scored beside ours."""
+
+    name: str
+    site: Site
+    transcoder: Transcoder
+    l0: float | None
+    """The L0 its authors measured, where it is known."""
+    file_hash: str
+    trained_on: str
+    """The language model it was trained on."""
+
+
+def check_shapes(entry: Entry, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """Names (ours) and shapes of the weights, read off the header alone.
+
+    Raises:
+        BaselineError: the file is missing, not whole, or of a model of other widths.
+    """
+    path = entry.params
+    if not path.is_file():
+        raise BaselineError(f"{path} is missing; download it again")
+    shapes = npz_shapes(path) if path.suffix == ".npz" else _safetensors_shapes(path)
+    if missing := [name for name in NAMES if name not in shapes]:
+        raise BaselineError(f"{path} has no {', '.join(missing)}; it holds {', '.join(sorted(shapes))}")
+    width = shapes["b_enc"][0] if len(shapes["b_enc"]) == 1 else -1
+    expected = {
+        "W_enc": (d_in, width), "b_enc": (width,), "W_dec": (width, d_out), "b_dec": (d_out,), "threshold": (width,),
+        "W_skip": (d_in, d_out),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            raise BaselineError(
+                f"{path}: {name} has the shape {shapes[name]}; a transcoder of this language model, of width {width}, "
+                f"has {shape}: it belongs to another model"
+            )
+    return {name: shape for name, shape in shapes.items() if name in expected}
+
+
+def load_baseline(entry: Entry, layer: int, d_in: int, d_out: int, device: str = "cpu") -> Baseline:
+    """Read a transcoder of Google's after checking its header, names and shapes.
+
+    Raises:
+        BaselineError: it is missing, not whole, of another model or layer, or of a kind we do not know.
+    """
+    shapes = check_shapes(entry, d_in, d_out)
+    first = entry.params.suffix == ".npz"
+    config = {} if first else _checked_config(entry, layer)
+    tensors = _read(entry.params, shapes)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise BaselineError(f"{entry.params} has weights that are not finite; download it again")
+    weights = {name: tensor.to(device) for name, tensor in tensors.items() if name != "threshold"}
+    transcoder = Transcoder(
+        **weights,
+        activation="jump_relu",
+        top_k=0,
+        threshold=tensors["threshold"].clamp(min=0).to(device),  # a latent below zero is never active there
+    )
+    return Baseline(
+        name=entry.name,
+        site=Site(layer, "norm_unit" if first else "norm_out", "mlp_out"),
+        transcoder=transcoder,
+        l0=entry.l0,
+        file_hash=sha256_of_file(entry.params),
+        trained_on="google/gemma-2-2b" if first else str(config.get("model_name", "")),
+    )
+
+
+def suspicions(baseline: Baseline, l0: float, source_norm: float) -> list[str]:
+    """What is wrong with how a baseline was read, judged by what it measured; one line each.
+
+    Args:
+        l0: measured on held-out tokens.
+        source_norm: mean Euclidean norm of what it read there.
+    """
+    lines = []
+    expected = math.sqrt(baseline.transcoder.W_enc.shape[0])
+    if baseline.site.hook_in == "norm_unit" and abs(source_norm / expected - 1) > NORM_TOLERANCE:
+        lines.append(f"its inputs have norm {source_norm:.4g} instead of {expected:.4g}: it read the wrong hook")
+    if baseline.l0 and not 1 / L0_FACTOR <= l0 / baseline.l0 <= L0_FACTOR:
+        lines.append(
+            f"measured L0 {l0:.4g}, its authors' is {baseline.l0:g}: it was read the wrong way, or this text or these "
+            "weights are very different from theirs"
+        )
+    return lines
+
+
+def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name in SECOND_NAMES]  # noqa: SIM118
+            return {SECOND_NAMES[name]: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BaselineError(why_not_whole(path, error)) from error
+
+
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of these names, in float32."""
+    if path.suffix == ".npz":
+        return {name: torch.from_numpy(array) for name, array in read_npz(path).items() if name in shapes}
+    ours_to_theirs = {ours: theirs for theirs, ours in SECOND_NAMES.items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(ours_to_theirs[name]).float() for name in shapes}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BaselineError(why_not_whole(path, error)) from error
+
+
+def _checked_config(entry: Entry, layer: int) -> dict[str, Any]:
+    """The config.json beside the weights, if it speaks of a transcoder of this layer's MLP."""
+    config, path = read_config(entry.folder), entry.folder / CONFIG
+    for key, part in zip(("hf_hook_point_in", "hf_hook_point_out"), HOOKS_OF_SECOND, strict=True):
+        expected = f"model.layers.{layer}.{part}"
+        if (found := config.get(key)) != expected:
+            raise BaselineError(f"{path}: {key} is {found}; a transcoder of layer {layer} has {expected}")
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise BaselineError(f"{path}: architecture is {config['architecture']}; only jump_relu is known")
+    return config
