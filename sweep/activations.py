@@ -9,7 +9,7 @@ So resuming needs no buffer, cells of a gang see what they would see alone, and 
 the same numbers.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -38,8 +38,8 @@ Read = tuple[str, int]
 class Blocks(Protocol):
     """Where activations come from: the language model, or a cache in front of it."""
 
-    def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
-        """Block `block` of a split at each site; rows in order, BOS dropped."""
+    def read(self, split: str, blocks: Sequence[int], sites: Collection[Site]) -> list[Batch]:
+        """Blocks of a split at each site, in the order asked for; rows in order, BOS dropped."""
         ...
 
     def count(self, split: str) -> int:
@@ -83,7 +83,7 @@ class ActivationStream:
 
     def split(self, split: str) -> Iterator[Batch]:
         """The blocks of the calibration or held-out split, in order."""
-        return (self.blocks.read(split, block, self.sites) for block in range(self.blocks.count(split)))
+        return (self.blocks.read(split, [block], self.sites)[0] for block in range(self.blocks.count(split)))
 
     def demand(self, n_batches: int) -> "Demand":
         """What the first `n_batches` batches, calibration and evaluation ask of the blocks."""
@@ -99,7 +99,7 @@ class ActivationStream:
         """Window `number`, counted over all epochs. The last one read is kept."""
         if self._held is None or self._held.number != number:
             self._held = None  # frees the old window before the new one is built
-            blocks = [self.blocks.read("train", block, self.sites) for block in self._blocks_of(number)]
+            blocks = self.blocks.read("train", self._blocks_of(number), self.sites)
             batch = {site: concatenate([block[site] for block in blocks]) for site in self.sites}
             self._held = Window(number, torch.from_numpy(self._order(number)), batch)
         return self._held

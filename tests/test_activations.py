@@ -1,6 +1,6 @@
 """The stream: batch i is a pure function of (config, i), every token comes once an epoch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,10 @@ class CountingBlocks:
     def count(self, split: str) -> int:
         return self.n_blocks if split == "train" else 1
 
-    def read(self, split: str, block: int, sites: Collection[Site]) -> Batch:
+    def read(self, split: str, blocks: Sequence[int], sites: Collection[Site]) -> list[Batch]:
+        return [self.read_one(split, block, sites) for block in blocks]
+
+    def read_one(self, split: str, block: int, sites: Collection[Site]) -> Batch:
         self.reads.append((split, block))
         numbers = torch.arange(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS, dtype=torch.float32)[:, None]
         return {site: Activations(numbers, numbers + site.layer / 4) for site in sites}

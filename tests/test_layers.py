@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {"sweep.activations", "sweep.step", "sweep.step.loss", "sweep.step.update", "sweep.checkpoint", "sweep.metrics"},
+    {"sweep.block_files"},
     {"sweep.step.reference", "sweep.blocks", "sweep.initialise", "sweep.finish"},
     {"sweep.train", "sweep.evaluate"},
     {"sweep.gang"},
