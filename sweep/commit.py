@@ -5,7 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -92,7 +92,13 @@ def about(cell: Cell) -> dict[str, Any]:
         "hook_out": hook_out,
         "groups": list(cell.capacity.groups),
         "seq_len": cell.data.seq_len,
+        "cell": asdict(without_paths(cell)),
     }
+
+
+def without_paths(cell: Cell) -> Cell:
+    """The cell without the paths of this machine, which are no part of its identity."""
+    return replace(cell, model=replace(cell.model, model_path=None), data=replace(cell.data, dataset_path=None))
 
 
 def metrics(member: Member) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
@@ -139,6 +140,8 @@ class Model:
     n_body_params: int = option("parameters outside the embeddings, for cost estimates", identity=False)
 
     def problems(self) -> Iterator[str]:
+        if Path(self.model).name != self.model:  # it names a folder in the cache
+            yield f"model={self.model} is not a plain name; a directory is given by model_path="
         yield from at_least(1, n_layers=self.n_layers, d_in=self.d_in, d_out=self.d_out)
         yield from at_least(0, n_body_params=self.n_body_params)
 

@@ -4,13 +4,16 @@ SweepError
 ├── ConfigError          a key, its value and the fix; may hold the problems of many cells
 ├── ResultsError         a results folder or a file in it is not ours, or not whole
 │   └── CheckpointError  a checkpoint is damaged or belongs to another cell
-├── DataError            text that is empty, too short or changed under our feet
+├── DataError            text that is empty or changed under our feet
+│   └── TooShort         text that does not fill every split
 ├── ModelError           a language model that cannot be loaded, or lacks the hook or layer
 ├── BaselineError        somebody else's transcoder that is not there, not whole, or of another model
 └── Diverged             the training loss of a cell stopped being a number
 
 Interrupted              not an error: somebody asked the job to stop, and it has saved its cells
 """
+
+from collections.abc import Mapping
 
 __all__ = [
     "BaselineError",
@@ -22,6 +25,7 @@ __all__ = [
     "ModelError",
     "ResultsError",
     "SweepError",
+    "TooShort",
 ]
 
 
@@ -47,6 +51,14 @@ class CheckpointError(ResultsError):
 
 class DataError(SweepError):
     """The text is empty, too short for the budget, or not the one a run began with."""
+
+
+class TooShort(DataError):
+    """The text does not fill every split; `n_rows` says how many rows of each it fills."""
+
+    def __init__(self, message: str, n_rows: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.n_rows = n_rows
 
 
 class ModelError(SweepError):

@@ -19,6 +19,7 @@ __all__ = [
     "Relative",
     "Workflow",
     "cell_from_options",
+    "device_problems",
     "option_fields",
     "options_schema",
     "workflow_from_options",
@@ -69,12 +70,16 @@ class Workflow:
 
     def problems(self) -> Iterator[str]:
         yield from at_least(0, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib)
-        device, _, index = self.device.partition(":")
-        if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
-            yield f"device={self.device} is not a device; choose auto, cpu, cuda or cuda:<n>"
+        yield from device_problems(self.device)
         for key in ("results_dir", "cache_dir"):
             if not getattr(self, key):
                 yield f"{key} is empty; name a folder"
+
+
+def device_problems(device: str) -> Iterator[str]:
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        yield f"device={device} is not a device; choose auto, cpu, cuda or cuda:<n>"
 
 
 def cell_from_options(options: Mapping[str, Any]) -> Cell:

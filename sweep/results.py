@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "parquet_bytes",
     "polars_schema",
+    "read_row",
     "seal_holds",
     "sealed",
     "write_run",
@@ -244,6 +245,13 @@ def seal_holds(parquet: bytes) -> bool | None:
     digest.update(b"0" * 64)
     digest.update(whole[place + 64 :])
     return digest.hexdigest().encode() == parquet[place : place + 64]
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    """The only row of a file in `runs`."""
+    import polars as pl
+
+    return pl.read_parquet(path).row(0, named=True)
 
 
 def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

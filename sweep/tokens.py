@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sweep.config import Data, Model
-from sweep.errors import DataError
+from sweep.errors import DataError, TooShort
 from sweep.paths import CacheFolder, atomic_directory, locked, write_json
 from sweep.progress import Report
 from sweep.revisions import read_json, sha256_of_file
@@ -34,10 +34,12 @@ __all__ = [
     "Split",
     "TokenFile",
     "Tokenizer",
+    "only_heldout",
     "prepare_tokens",
     "row_bytes",
     "row_counts",
     "split_of",
+    "tokens_folder",
 ]
 
 TOKENS_VERSION = 2
@@ -119,8 +121,7 @@ def prepare_tokens(data: Data, model: Model, tokenizer: Tokenizer, cache: CacheF
         DataError: the text is empty, unreadable, or too short for the budgets.
     """
     identity = identity_of(data, model)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode())
-    folder = cache.tokens(digest.hexdigest()[:16])
+    folder = tokens_folder(data, model, cache)
     with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged: looked at again under the lock
         return open_tokens(folder, identity)
     with locked(folder.parent / f"{folder.name}.lock"):
@@ -131,6 +132,21 @@ def prepare_tokens(data: Data, model: Model, tokenizer: Tokenizer, cache: CacheF
                 log.warning("token file %s is damaged (%s): building it again", folder, error)
         build_tokens(folder, data, tokenizer, identity, report)
         return open_tokens(folder, identity)
+
+
+def tokens_folder(data: Data, model: Model, cache: CacheFolder) -> Path:
+    """Where the token file of a dataset lies, or will."""
+    digest = hashlib.sha256(json.dumps(identity_of(data, model), sort_keys=True, separators=(",", ":")).encode())
+    return cache.tokens(digest.hexdigest()[:16])
+
+
+def only_heldout(data: Data, n_rows: int) -> Data:
+    """The same text with `n_rows` held-out rows and no others.
+
+    Up to the budget of `data` they are its own held-out rows. What follows comes from documents it did not use: a
+    document that is held out by its hash is in no other split, however far is read.
+    """
+    return replace(data, n_tokens=0, n_calibration_tokens=0, n_heldout_tokens=n_rows * (data.seq_len - 1))
 
 
 def identity_of(data: Data, model: Model) -> dict[str, Any]:
@@ -197,13 +213,13 @@ class RowWriter:
         self.n_rows, self.seq_len = shape
         self.n_documents = 0
         self._file, self._bos, self._separator = file, bos, separator
-        self._rows_written = 0
+        self.n_rows_written = 0
         self._rest = np.empty(0, np.int32)
         np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": shape})
 
     @property
     def full(self) -> bool:
-        return self._rows_written == self.n_rows
+        return self.n_rows_written == self.n_rows
 
     @property
     def n_tokens_needed(self) -> int:
@@ -212,7 +228,7 @@ class RowWriter:
     @property
     def n_tokens(self) -> int:
         """Counted tokens so far, at most those needed."""
-        return self.n_tokens_needed if self.full else self._rows_written * (self.seq_len - 1) + len(self._rest)
+        return self.n_tokens_needed if self.full else self.n_rows_written * (self.seq_len - 1) + len(self._rest)
 
     def add(self, ids: Sequence[int]) -> None:
         """Append a document, or as much of it as still fits."""
@@ -223,12 +239,12 @@ class RowWriter:
         chain = np.array([*(self._separator if self.n_documents else ()), *ids], dtype=np.int32)
         chain = np.concatenate([self._rest, chain])
         width = self.seq_len - 1
-        n_rows = min(len(chain) // width, self.n_rows - self._rows_written)
+        n_rows = min(len(chain) // width, self.n_rows - self.n_rows_written)
         rows = np.full((n_rows, self.seq_len), self._bos, dtype="<i4")
         rows[:, 1:] = chain[: n_rows * width].reshape(n_rows, width)
         self._file.write(rows.tobytes())
         self._rest = chain[n_rows * width :]
-        self._rows_written += n_rows
+        self.n_rows_written += n_rows
         self.n_documents += 1
 
 
@@ -245,7 +261,7 @@ def build_tokens(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mappi
         if n_read == 0:
             raise DataError(f"dataset={data.dataset} is empty: it has no document with text")
         if not all(writer.full for writer in writers.values()):
-            raise DataError(too_short(data, writers, n_read))
+            raise TooShort(too_short(data, writers, n_read), {split: w.n_rows_written for split, w in writers.items()})
         entries = {split: manifest_entry(partial / f"{split}.npy", writer) for split, writer in writers.items()}
         write_json(partial / "manifest.json", {"identity": identity, "files": entries})
 

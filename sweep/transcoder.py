@@ -179,6 +179,8 @@ def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if found != expected:
                 raise CheckpointError(f"{folder}: tensors {found} do not fit its config.json, which tells {expected}")
+            if dtypes := {file.get_slice(name).get_dtype() for name in expected} - {"F64", "F32", "F16", "BF16"}:
+                raise CheckpointError(f"{folder}: its tensors hold {', '.join(sorted(dtypes))}, not real numbers")
             tensors = {name: file.get_tensor(name) for name in expected}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read as a transcoder: {error}") from error

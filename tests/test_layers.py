@@ -28,17 +28,18 @@ LAYERS: list[set[str]] = [
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {"sweep.activations", "sweep.step", "sweep.step.loss", "sweep.step.update", "sweep.checkpoint", "sweep.metrics"},
     {"sweep.block_files"},
-    {"sweep.step.reference", "sweep.blocks", "sweep.initialise", "sweep.finish"},
+    {"sweep.step.reference", "sweep.blocks", "sweep.initialise", "sweep.finish", "sweep.saved"},
     {"sweep.train", "sweep.evaluate"},
     {"sweep.gang"},
     {"sweep.commit"},
     {"sweep.job"},
+    {"sweep.score"},
     {"sweep.launch", "sweep.launch.help", "sweep.launch.plan", "sweep.launch.cost", "sweep.launch.machine"},
     {"sweep.launch.register", "sweep.launch.jobs", "sweep.launch.payload"},
     {"sweep.launch.console", "sweep.launch.local"},
     {"sweep.launch.watch"},
     {"sweep.launch.launch"},
-    {"sweep.launch._plugins.hydra_plugins.sweep_launcher", "sweep_runner"},
+    {"sweep.launch._plugins.hydra_plugins.sweep_launcher", "sweep_runner", "sweep.__main__"},
 ]
 """Low to high: a module imports only from layers below its own, or its neighbours where NEIGHBOURS says so."""
 
@@ -53,7 +54,7 @@ TORCH_FREE = {
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
-        "sweep.text", "sweep.tokens",
+        "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }
 }  # fmt: skip
 HEAVY = {"torch", "transformer_lens", "transformers", "datasets", "safetensors.torch"}

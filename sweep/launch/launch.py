@@ -26,6 +26,7 @@ from sweep.launch.plan import Composed, Plan, is_locked, make_plan, resolve
 from sweep.launch.watch import watching
 from sweep.paths import LaunchFolder, ResultsFolder, check_writable, locked, try_lock, write_atomic, write_json
 from sweep.provenance import git_state
+from sweep.results import read_row
 from sweep.status import read_status
 
 __all__ = ["launch"]
@@ -205,13 +206,6 @@ def why_not_done(cell_id: str, results: ResultsFolder, queue: Queue | None) -> t
         return f"{status.state}: {status.error.get('message', '')}", folder.log
     printed = None if queue is None else queue.printed(cell_id)
     return "was killed: its process ended without a word; give the command again to go on", printed or folder.log
-
-
-def read_row(path: Path) -> dict[str, Any]:
-    """The row of a finished cell."""
-    import polars as pl
-
-    return pl.read_parquet(path).row(0, named=True)
 
 
 def check_cache(folder: Path) -> None:

@@ -1,0 +1,99 @@
+"""The command line of what is done beside a sweep: `python -m sweep --help`. Heavy imports wait for a command.
+
+A command is a function here that checks what was typed and calls the module where the work belongs.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sweep.errors import ConfigError, SweepError
+
+app = typer.Typer(
+    help="What is done beside a sweep. To train transcoders: python sweep_runner.py --help",
+    epilog="Exit codes: 0 done, 2 a request that cannot be answered, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},  # --batch_size is --batch-size
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `evaluate` a word to type while it is the only command."""
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Option(help="results/cells/<cell_id>, or the transcoder folder in it.")],
+    layer: Annotated[int | None, typer.Option(help="The layer you expect; any other than its own is refused.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches of rows; default: the rows of its sweep.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a batch; default 8.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
+    output_dir: Annotated[Path | None, typer.Option(help="Write metrics.json and summary.txt there.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another cell, scored on the same rows to compare.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Default: the cache in the results folder.")] = None,
+) -> None:
+    """Score a transcoder afresh on held-out rows: each metric with its target and a verdict.
+
+    Rows come in order from the held-out split. More than the sweep had come from documents it did not use.
+
+    \b
+    Examples:
+      python -m sweep evaluate --checkpoint results/cells/<cell_id>
+      python -m sweep evaluate --checkpoint results/cells/<cell_id> --batches 100 --batch_size 8 --output_dir out
+      python -m sweep evaluate --checkpoint results/cells/<cell_id> --against results/cells/<other>
+    """
+    with refusals():
+        from sweep.launch import console
+        from sweep.launch.launch import check_cache
+        from sweep.options import device_problems
+        from sweep.paths import CacheFolder
+        from sweep.saved import check_layer, check_output, open_saved
+
+        if batch_size is not None and batches is None:
+            raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
+        if problems := list(device_problems(device)):
+            raise ConfigError(*problems)
+        saved = open_saved(checkpoint)
+        other = None if against is None else open_saved(against)
+        check_layer(saved, layer)
+        if output_dir is not None:
+            check_output(output_dir)
+        cache = CacheFolder(cache_dir or saved.default_cache)
+        check_cache(cache.root)
+        n_rows = None if batches is None else batches * (batch_size or 8)
+        with console.progress() as report:
+            report("start", 0, 0, "")
+            from sweep.score import score, text, write
+
+            scored = score(saved, other, n_rows, cache, device, report)
+        if output_dir is not None:
+            write(scored, output_dir)
+        print(text(scored), end="")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What a user or the machine can cause ends with its message on stderr and exit code 2; Ctrl-C with 130."""
+    try:
+        yield
+    except SweepError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from stop
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m sweep")

@@ -1,0 +1,203 @@
+"""Score a saved transcoder afresh on held-out rows: what `python -m sweep evaluate` does.
+
+1. Rows: the first ones of the held-out split; where more are asked for, from documents the sweep did not use.
+2. Blocks: from the sweep's cache where they are there, else from the language model.
+3. Metrics: by `evaluate`, the same code that scores a cell after its last step.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sweep.activations import Batch
+from sweep.blocks import CachedBlocks, HarvestedBlocks, with_cache
+from sweep.config import Cell, Site, StreamConfig
+from sweep.errors import ConfigError, TooShort
+from sweep.evaluate import evaluate
+from sweep.job import pick_device
+from sweep.language_model import Activations, LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.metrics import Metrics
+from sweep.paths import CacheFolder, write_atomic, write_json
+from sweep.progress import Report
+from sweep.results import read_row
+from sweep.revisions import weights_hash
+from sweep.saved import Saved
+from sweep.summary import SCALES, summary, target, verdict
+from sweep.tokens import ROWS_PER_BLOCK, TokenFile, only_heldout, prepare_tokens, row_counts, tokens_folder
+
+__all__ = ["Scored", "score", "text", "write"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Metrics of a transcoder, and of another one on the same rows; `facts` say on what."""
+
+    metrics: Metrics
+    against: Metrics | None
+    facts: dict[str, Any]
+    remark: str
+
+
+def score(
+    saved: Saved, against: Saved | None, n_rows: int | None, cache: CacheFolder, device: str, report: Report
+) -> Scored:
+    """Score `saved` on its first `n_rows` held-out rows (None: exactly those of its sweep), `against` on the same.
+
+    Side effects: on a CPU, rows that were scored before are scored with as many threads as then, because sums of
+    floats depend on it.
+
+    Raises:
+        SweepError: a transcoder is damaged, the two are of different language models, the text has fewer rows, the
+            device is not there.
+    """
+    if against is not None and model_of(against.cell) != model_of(saved.cell):
+        raise ConfigError(
+            f"--against {against.name} is of {' '.join(model_of(against.cell))}, {saved.name} of "
+            f"{' '.join(model_of(saved.cell))}; name a cell of the same language model"
+        )
+    device = pick_device(device)
+    both = {"checkpoint": saved} | ({} if against is None else {"against": against})
+    predictors = {name: (each.cell.site, each.load(device)) for name, each in both.items()}
+    n_own = row_counts(saved.cell.data)["heldout"]
+    n_rows = n_rows or n_own
+    before = row_before(saved) if n_rows == n_own else None
+    if before is not None and device == before["device"] == "cpu":
+        torch.set_num_threads(before["n_threads"])
+
+    rows = Rows(saved.cell, n_rows, cache, device, report)
+    sites = list(dict.fromkeys(site for site, _ in predictors.values()))
+    n_blocks = -(-n_rows // ROWS_PER_BLOCK)
+    scores = evaluate(predictors, rows.blocks(sites), rows.seq_tokens, report, n_blocks)
+    metrics = scores["checkpoint"].metrics
+    facts = {
+        **saved.facts(),
+        "n_rows": n_rows,
+        "heldout_hash": rows.heldout_hash,
+        "model_hash": rows.model_hash,
+        "device": device,
+        **({} if against is None else {"against": against.name}),
+    }
+    other = scores["against"].metrics if against is not None else None
+    return Scored(metrics, other, facts, remark(metrics, facts, before))
+
+
+def model_of(cell: Cell) -> tuple[str, str]:
+    return cell.model.model, cell.model.model_revision[:12]
+
+
+class Rows:
+    """The first `n_rows` held-out rows of a cell, as activations."""
+
+    def __init__(self, cell: Cell, n_rows: int, cache: CacheFolder, device: str, report: Report) -> None:
+        self.seq_tokens = cell.data.seq_len - 1
+        self._cell, self._n_rows, self._cache, self._device, self._report = cell, n_rows, cache, device, report
+        self._folder = ensure_model_folder(cell.model, cache, report)
+        self._tokens = self._prepare()
+        self.heldout_hash = self._tokens.heldout_hash
+        self.model_hash = weights_hash(self._folder)
+
+    def _prepare(self) -> TokenFile:
+        """The sweep's own token file where it is there and long enough, else one of held-out rows alone."""
+        model, data = self._cell.model, self._cell.data
+        tokenizer = load_tokenizer(self._folder)
+        is_there = tokens_folder(data, model, self._cache).is_dir()
+        if not is_there or self._n_rows > row_counts(data)["heldout"]:
+            data = only_heldout(data, self._n_rows)
+        try:
+            return prepare_tokens(data, model, tokenizer, self._cache, self._report)
+        except TooShort as error:
+            raise ConfigError(
+                f"{self._n_rows} rows are asked for, and dataset={data.dataset} has {error.n_rows['heldout']:,} that "
+                "are held out; ask for fewer with --batches and --batch_size"
+            ) from error
+
+    def blocks(self, sites: list[Site]) -> Iterator[Batch]:
+        """Blocks of whole rows, the last one cut where the rows end."""
+        blocks, n_left = self._source(sites), self._n_rows
+        for number in range(-(-self._n_rows // ROWS_PER_BLOCK)):
+            (batch,) = blocks.read("heldout", [number], sites)
+            n_tokens = min(n_left, ROWS_PER_BLOCK) * self.seq_tokens
+            n_left -= ROWS_PER_BLOCK
+            yield {site: Activations(a.source[:n_tokens], a.target[:n_tokens]) for site, a in batch.items()}
+
+    def _source(self, sites: list[Site]) -> CachedBlocks | HarvestedBlocks:
+        cell = self._cell
+
+        def load() -> LanguageModel:
+            self._report("load language model", 0, 0, "")
+            dtype = getattr(torch, cell.data.activation_dtype)
+            model = load_language_model(cell.model, self._folder, self._device, dtype)
+            for site in sites:
+                model.check(site, cell.model.d_in, cell.model.d_out)
+            return model
+
+        harvested = HarvestedBlocks(self._tokens, load, self._report)
+        harvested.n_expected = self._n_rows * cell.data.seq_len
+        if not len(self._tokens.train):  # rows that no sweep reads need no place in its cache
+            return harvested
+        config = StreamConfig(cell.model, cell.data, cell.schedule.batch_size)
+        return with_cache(harvested, config, sites, self.model_hash, self._device, self._cache, float("inf"))
+
+
+def row_before(saved: Saved) -> dict[str, Any] | None:
+    """The row the sweep committed for this cell, if it is there and can be read."""
+    import polars as pl
+
+    if saved.results is None:
+        return None
+    try:
+        return read_row(saved.results.row("runs", saved.cell.cell_id))
+    except (OSError, pl.exceptions.PolarsError):
+        return None
+
+
+def remark(metrics: Metrics, facts: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """What to say about the row the sweep committed, when the same rows were scored."""
+    if before is None:
+        return ""
+    for key, what in (("heldout_hash", "text"), ("model_hash", "weights of the language model")):
+        if before[key] != facts[key]:
+            return f"not comparable with the row in runs/: the {what} changed since ({key})"
+    differ = [name for name, value in metrics.items() if before[name] != value]
+    if not differ:
+        return "the same numbers as the row in runs/, to the last digit"
+    return (
+        f"not to the last digit the numbers of the row in runs/: {', '.join(differ)} differ; it was made on "
+        f"{before['device']} with {before['n_threads']} threads and {before['versions']}"
+    )
+
+
+def text(scored: Scored) -> str:
+    """What was scored, on what, and the table."""
+    facts = scored.facts
+    rows = f"{facts['n_rows']:,} held-out rows of {facts['dataset']} ({scored.metrics['n_evaluated_tokens']:,} tokens)"
+    about = f"{facts['name']}: {facts['model']} layer {facts['layer']}, {facts['hook_in']} -> {facts['hook_out']}"
+    lines = [about, rows + (f", against {facts['against']} on the same" if "against" in facts else ""), ""]
+    return (
+        "\n".join(lines) + "\n" + summary(scored.metrics, scored.against) + (scored.remark and f"\n{scored.remark}\n")
+    )
+
+
+def write(scored: Scored, folder: Path) -> None:
+    """Write `metrics.json` and `summary.txt`, each whole or not at all; `folder` is made if need be.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    metrics = scored.metrics
+    value: dict[str, Any] = {
+        **scored.facts,
+        **metrics,
+        "targets": {name: target(name) for name in SCALES},
+        "verdicts": {name: verdict(name, metrics[name]) for name in SCALES},
+    }
+    if scored.against is not None:
+        pairs = {name: (metrics[name], other) for name, other in scored.against.items()}
+        changes = {name: None if a is None or b is None else a - b for name, (a, b) in pairs.items()}
+        value |= {"against_metrics": scored.against, "changes": changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", value)
+    write_atomic(folder / "summary.txt", text(scored).encode())

@@ -1,0 +1,57 @@
+"""`python -m sweep`: how every command is typed, how it refuses, and how light it starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sweep.__main__ import app
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def process(*words: object, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "sweep", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def test_start_loads_nothing_heavy() -> None:
+    code = "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_module('sweep', run_name='__main__')\n"
+    code += (
+        "except SystemExit: pass\nprint(sorted({'torch', 'transformer_lens', 'polars', 'hydra'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_and_each_has_examples() -> None:
+    text = run("--help").stdout
+    for command in COMMANDS:
+        assert command in text
+        helped = run(command, "--help")
+        assert helped.exit_code == 0
+        assert f"python -m sweep {command}" in helped.stdout
+
+
+def test_no_command_shows_the_help() -> None:
+    assert "evaluate" in run().output
+
+
+@pytest.mark.parametrize("option", ["--batch_size", "--batch-size"])
+def test_options_are_spelled_either_way(option: str) -> None:
+    refused = run("evaluate", "--checkpoint", "nowhere", option, "0")
+    assert refused.exit_code == 2
+    assert "Invalid value for '--batch-size'" in refused.output
+
+
+def test_a_mistyped_option_is_refused_with_a_hint() -> None:
+    refused = run("evaluate", "--chekpoint", "x")
+    assert refused.exit_code == 2
+    assert "--checkpoint" in refused.output
