@@ -26,7 +26,7 @@ from sweep.state import TrainState
 __all__ = ["load_latest", "save"]
 
 KEPT = 2
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_JSON_BYTES = 64 << 20
 FILES = ("state.safetensors", "state.json")
 

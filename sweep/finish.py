@@ -5,6 +5,7 @@ of the pre-latents over the calibration split at which `top_k` latents per token
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -27,11 +28,12 @@ def finish(state: TrainState, cell: Cell, calibration: Iterable[Activations], n_
 
     `calibration` holds `n_tokens` tokens of the cell's own site.
     """
+    params = replace(state.params, W_enc=state.params.W_enc.contiguous())  # as it is saved: rounds as inference will
     threshold = None
     if cell.capacity.activation == "batch_top_k":
         sources = (activations.source * state.source_scale for activations in calibration)
-        threshold = fit_threshold(state.params, sources, n_tokens, cell.capacity.top_k)
-    return fold(state.params, cell.capacity, state.source_scale, state.target_scale, threshold)
+        threshold = fit_threshold(params, sources, n_tokens, cell.capacity.top_k)
+    return fold(params, cell.capacity, state.source_scale, state.target_scale, threshold)
 
 
 def fit_threshold(params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]], n_tokens: int, top_k: int) -> float:

@@ -20,7 +20,8 @@ class TrainState:
     """A cell in training. Nothing random happens after initialisation, so there is no generator to keep.
 
     `step` counts finished steps. `curve` holds what has been logged so far, so that a resumed run ends with the
-    same curve. Scales are the recorded factors that give source and target unit mean square.
+    same curve. Scales are the recorded factors that give source and target unit mean square. `threshold` is the
+    smallest latent of the last batch top-k: the next selection starts its search just below it.
     """
 
     step: int
@@ -30,10 +31,12 @@ class TrainState:
     batches_since_fired: Int64[Tensor, " dict_size"]
     source_scale: float
     target_scale: float
+    threshold: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
 
     @classmethod
     def initial(cls, params: Parameters, source_scale: float, target_scale: float) -> "TrainState":
+        params = params.by_latent()
         return cls(
             step=0,
             params=params,
@@ -56,6 +59,7 @@ class TrainState:
             "step": self.step,
             "source_scale": self.source_scale,
             "target_scale": self.target_scale,
+            "threshold": self.threshold,
             "curve": self.curve,
         }
 
@@ -64,9 +68,8 @@ class TrainState:
         """The inverse of `tensors` and `scalars`."""
 
         def part(prefix: str) -> Parameters:
-            return Parameters(
-                **{name.split(".")[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
-            )
+            names = [name for name in tensors if name.startswith(f"{prefix}.")]
+            return Parameters(**{name.split(".")[1]: tensors[name] for name in names}).by_latent()
 
         return cls(
             step=scalars["step"],
@@ -76,5 +79,6 @@ class TrainState:
             batches_since_fired=tensors["batches_since_fired"],
             source_scale=scalars["source_scale"],
             target_scale=scalars["target_scale"],
+            threshold=scalars["threshold"],
             curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
         )

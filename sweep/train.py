@@ -11,7 +11,7 @@ from sweep.config import Cell, Schedule
 from sweep.errors import Diverged
 from sweep.language_model import Activations
 from sweep.state import TrainState
-from sweep.step.reference import StepReport, train_step_
+from sweep.step.step import StepReport, train_step_
 
 __all__ = ["Attempt", "Run", "train"]
 

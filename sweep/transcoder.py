@@ -10,12 +10,12 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "Parameters",
     "Transcoder",
     "fold",
+    "largest",
     "load_transcoder",
     "pre_latents",
     "save_transcoder",
@@ -43,7 +44,11 @@ MAX_CONFIG_BYTES = 1 << 20
 
 @dataclass
 class Parameters:
-    """Four tensors of one dtype; also the shape of their gradients and of Adam's moments."""
+    """Four tensors of one dtype; also the shape of their gradients and of Adam's moments.
+
+    In training the weights of one latent lie next to each other in memory: W_enc is the transpose of a contiguous
+    [dict_size, d_in], see `by_latent`.
+    """
 
     W_enc: Float[Tensor, "d_in dict_size"]
     b_enc: Float[Tensor, " dict_size"]
@@ -59,23 +64,41 @@ class Parameters:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Parameters":
         return Parameters(**{name: function(tensor) for name, tensor in self.items()})
 
+    def by_latent(self) -> "Parameters":
+        """The same values, laid out for training; no copy where they already are."""
+        return replace(self, W_enc=self.W_enc.T.contiguous().T)
+
 
 def pre_latents(params: Parameters, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
     return torch.addmm(params.b_enc, source, params.W_enc)
 
 
+def largest(values: Float[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
+    """Which entries are among the `k` largest positive ones of their row; of equals the first.
+
+    NaN counts as largest, so that weights that are no numbers show in the loss.
+    """
+    values = values.detach().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if k >= values.shape[1]:
+        return values > 0
+    least = values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True).clamp_min(0)
+    chosen = values > least
+    row, column = ((values == least) & (least > 0)).nonzero(as_tuple=True)
+    rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    fits = rank < (k - chosen.count_nonzero(dim=1))[row]
+    chosen[row[fits], column[fits]] = True
+    return chosen
+
+
 def select_top_k(pre: Float[Tensor, "n dict_size"], top_k: int) -> Float[Tensor, "n dict_size"]:
     """The `top_k` largest positive entries of each row; zero elsewhere (Gao et al. 2024, TopK)."""
-    positive = pre.relu()
-    values, index = positive.topk(top_k, dim=-1, sorted=False)
-    return torch.zeros_like(positive).scatter(1, index, values)
+    return torch.where(largest(pre, top_k), pre, 0)
 
 
 def select_batch_top_k(pre: Float[Tensor, "n dict_size"], top_k: int) -> Float[Tensor, "n dict_size"]:
     """The `top_k * n` largest positive entries of the batch; zero elsewhere (Bussmann et al. 2024, BatchTopK)."""
-    positive = pre.relu()
-    values, index = positive.flatten().topk(top_k * len(pre), sorted=False)
-    return torch.zeros_like(positive).flatten().scatter(0, index, values).view_as(positive)
+    chosen = largest(pre.flatten().unsqueeze(0), top_k * len(pre))
+    return torch.where(chosen.view_as(pre), pre, 0)
 
 
 def select(pre: Float[Tensor, "n dict_size"], capacity: Capacity) -> Float[Tensor, "n dict_size"]:

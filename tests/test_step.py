@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
-from sweep.step.reference import gradients, train_step_
+from sweep.step.reference import gradients
+from sweep.step.step import train_step_
 from sweep.step.update import update_
 from sweep.transcoder import Parameters
 
@@ -182,9 +183,8 @@ def test_train_step_counts_batches_since_a_latent_fired() -> None:
         )
         assert report.n_dead >= expected
     assert state.batches_since_fired[:10].eq(4).all()
-    fired = (report.loss.latents > 0).any(dim=0)
-    assert fired.any()
-    assert state.batches_since_fired[fired].eq(0).all()
+    assert report.loss.fired.any()
+    assert state.batches_since_fired[report.loss.fired].eq(0).all()
 
 
 def test_train_step_scales_source_and_target() -> None:

@@ -13,7 +13,7 @@ where mse is the mean over tokens and output dimensions, on targets of unit mean
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sweep.config import Capacity, Revival
@@ -24,12 +24,16 @@ __all__ = ["Loss", "transcoder_loss"]
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one batch and what is worth knowing about it. Only `total` carries a graph."""
+    """The loss of one batch and what is worth knowing about it. Only `total` may carry a graph.
+
+    `n_active` counts the active latents of all tokens, `fired` tells which latents were active for any.
+    """
 
     total: Float[Tensor, ""]
     prefixes: list[Float[Tensor, ""]]
     aux: Float[Tensor, ""] | None
-    latents: Float[Tensor, "batch dict_size"]
+    n_active: int
+    fired: Bool[Tensor, " dict_size"]
 
 
 def transcoder_loss(
@@ -55,7 +59,8 @@ def transcoder_loss(
         aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)
         total = total + revival.aux_penalty * min(len(dead) / revival.top_k_aux, 1.0) * aux
     aux = None if aux is None else aux.detach()
-    return Loss(total, [prefix.detach() for prefix in prefixes], aux, latents.detach())
+    active = latents.detach() > 0
+    return Loss(total, [prefix.detach() for prefix in prefixes], aux, int(active.sum()), active.any(dim=0))
 
 
 def aux_loss(

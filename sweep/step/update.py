@@ -1,41 +1,78 @@
-"""How gradients change the state: Adam on unit-norm decoder rows."""
+"""How gradients change the state: Adam on unit-norm decoder rows, a range of latents at a time."""
+
+from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from torch.optim.adam import adam
 
 from sweep.state import TrainState
 from sweep.transcoder import Parameters
 
-__all__ = ["normalise_rows_", "update_"]
+__all__ = ["normalise_rows_", "update_", "update_b_dec_", "update_latents_"]
 
 
 def update_(state: TrainState, gradients: Parameters, lr: float, betas: tuple[float, ...]) -> None:
-    """One Adam step (Kingma & Ba 2015, eps 1e-8, no weight decay), in place; `state.step` is not changed.
+    """One Adam step (Kingma & Ba 2015, eps 1e-8, no weight decay), in place; `state.step` is not changed."""
+    everything = slice(0, len(gradients.b_enc))
+    encoder = gradients.W_enc.T.contiguous()
+    update_latents_(state, everything, encoder, gradients.b_enc, gradients.W_dec, lr, betas)
+    update_b_dec_(state, gradients.b_dec, lr, betas)
+
+
+def update_latents_(
+    state: TrainState,
+    latents: slice,
+    encoder: Float[Tensor, "n d_in"],
+    bias: Float[Tensor, " n"],
+    decoder: Float[Tensor, "n d_out"],
+    lr: float,
+    betas: tuple[float, ...],
+) -> None:
+    """The Adam step of some latents, from the gradients of their encoder weights, biases and decoder rows.
 
     The part of the decoder's gradient along each row is removed first: the renormalisation afterwards would undo
     it, and it would only disturb the moments.
     """
-    rows, along = state.params.W_dec, gradients.W_dec
-    along -= (along * rows).sum(dim=1, keepdim=True) * rows
-    steps_done = [torch.tensor(float(state.step), dtype=torch.float32, device=rows.device) for _ in range(4)]
-    adam(
-        state.params.tensors(),
-        gradients.tensors(),
-        state.first_moments.tensors(),
-        state.second_moments.tensors(),
+
+    def weights(params: Parameters) -> list[Tensor]:
+        return [params.W_enc.T[latents], params.b_enc[latents], params.W_dec[latents]]
+
+    rows = state.params.W_dec[latents]
+    decoder -= (decoder * rows).sum(dim=1, keepdim=True) * rows
+    adam_(state, weights, [encoder, bias, decoder], lr, betas)
+    normalise_rows_(rows)
+
+
+def update_b_dec_(state: TrainState, gradient: Float[Tensor, " d_out"], lr: float, betas: tuple[float, ...]) -> None:
+    """The Adam step of the decoder's bias."""
+    adam_(state, lambda params: [params.b_dec], [gradient], lr, betas)
+
+
+def adam_(
+    state: TrainState,
+    part: Callable[[Parameters], list[Tensor]],
+    gradients: list[Tensor],
+    lr: float,
+    betas: tuple[float, ...],
+) -> None:
+    """torch's fused Adam on contiguous parts of the state: the same bits however they are cut."""
+    n_steps = torch.tensor(state.step + 1.0, device=gradients[0].device)
+    torch._fused_adam_(
+        part(state.params),
+        gradients,
+        part(state.first_moments),
+        part(state.second_moments),
         [],
-        steps_done,
-        fused=True,
-        amsgrad=False,
+        [n_steps] * len(gradients),
+        lr=lr,
         beta1=betas[0],
         beta2=betas[1],
-        lr=lr,
         weight_decay=0.0,
         eps=1e-8,
+        amsgrad=False,
         maximize=False,
     )
-    normalise_rows_(rows)
 
 
 def normalise_rows_(rows: Tensor) -> None:

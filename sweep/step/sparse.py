@@ -1,0 +1,186 @@
+"""The sparse step: time and memory go with the active latents, but for the encoder's product.
+
+1. Encode in chunks of tokens, keep the active latents (`sweep.step.active`).
+2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
+   reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more.
+3. The loss gives the gradient of every row; running sums the other way give that of the groups.
+4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only.
+5. Sorted by latent, the same entries give both weight gradients as weighted sums of rows, a range of latents at a
+   time, so that gradients are used for the update while they are in cache.
+
+The numbers are those of `sweep.step.loss`, which defines what is minimised, up to rounding.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from sweep.config import Capacity, Revival
+from sweep.state import TrainState
+from sweep.step.active import Active, encode
+from sweep.step.loss import Loss
+from sweep.step.update import update_b_dec_, update_latents_
+from sweep.transcoder import Parameters
+
+__all__ = ["Gradients", "gradients", "learn_"]
+
+BLOCK_WEIGHTS = 1 << 17
+"""Encoder weights updated at once: with decoder, gradients and moments this stays in cache."""
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([0])[:0], torch.tensor([0.0])[:0], (1, 1))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of a batch; those of the weights are made for a range of latents at a time.
+
+    `row`, `token`, `value` and `d_value` belong to the active entries, sorted by latent; those of latent i are
+    `starts[i]` to `starts[i + 1]`.
+    """
+
+    source: Float[Tensor, "batch d_in"]
+    d_rows: Float[Tensor, "n_rows d_out"]
+    row: Int64[Tensor, " n"]
+    token: Int64[Tensor, " n"]
+    value: Float[Tensor, " n"]
+    d_value: Float[Tensor, " n"]
+    starts: Int64[Tensor, " dict_size_and_1"]
+    b_enc: Float[Tensor, " dict_size"]
+    b_dec: Float[Tensor, " d_out"]
+
+    def latents(self, latents: slice) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """With respect to the weights of consecutive latents: encoder, then decoder, a row for each latent."""
+        starts = self.starts[latents.start : latents.stop + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        offsets = starts[:-1] - first
+        entries = slice(first, last)
+        encoder = weighted_sums(self.source, self.token[entries], offsets, self.d_value[entries])
+        decoder = weighted_sums(self.d_rows, self.row[entries], offsets, self.value[entries])
+        return encoder, decoder
+
+    def parameters(self) -> Parameters:
+        """All at once, which is as much memory as the weights take."""
+        encoder, decoder = self.latents(slice(0, len(self.b_enc)))
+        return Parameters(W_enc=encoder.T, b_enc=self.b_enc, W_dec=decoder, b_dec=self.b_dec)
+
+
+def learn_(
+    state: TrainState,
+    source: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    capacity: Capacity,
+    revival: Revival,
+    dead: Int64[Tensor, " n_dead"],
+    lr: float,
+    betas: tuple[float, ...],
+) -> Loss:
+    """Change the parameters and moments by one step on scaled source and target."""
+    loss, grads, state.threshold = gradients(state.params, source, target, capacity, revival, dead, state.threshold)
+    n_latents = max(BLOCK_WEIGHTS // source.shape[1], 1)
+    for start in range(0, capacity.dict_size, n_latents):
+        latents = slice(start, min(start + n_latents, capacity.dict_size))
+        encoder, decoder = grads.latents(latents)
+        update_latents_(state, latents, encoder, grads.b_enc[latents], decoder, lr, betas)
+    update_b_dec_(state, grads.b_dec, lr, betas)
+    return loss
+
+
+@torch.no_grad()
+def gradients(
+    params: Parameters,
+    source: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    capacity: Capacity,
+    revival: Revival,
+    dead: Int64[Tensor, " n_dead"],
+    threshold: float = 0.0,
+) -> tuple[Loss, Gradients, float]:
+    """The loss and its gradients; and the smallest active latent, the next batch's `threshold`."""
+    n_dead = len(dead) if revival.aux_penalty > 0 else 0
+    active, revived = encode(params, source, capacity, threshold, dead[:n_dead], revival.top_k_aux)
+    n_active, smallest = len(active.value), float(active.value.min()) if len(active.value) else 0.0
+
+    batch, n_groups = len(source), len(capacity.groups)
+    ends = torch.tensor(capacity.groups, device=source.device)
+    row = active.token * n_groups + torch.bucketize(active.latent, ends, right=True)
+    n_rows = batch * n_groups
+    fired = torch.zeros_like(params.b_enc, dtype=torch.bool).index_fill_(0, active.latent, True)
+    if revived is not None:
+        row = torch.cat([row, revived.token + n_rows])
+        n_rows += batch
+        active = Active.join([active, revived])
+    starts = counted(row, n_rows)
+
+    rows = weighted_sums(params.W_dec, active.latent, starts[:-1], active.value)
+    errors = rows[: batch * n_groups].view(batch, n_groups, -1)
+    errors[:, 0] += params.b_dec
+    torch.cumsum(errors, dim=1, out=errors)
+    errors -= target.unsqueeze(1)
+    prefixes = mean_squares(errors)
+    total, aux = prefixes.mean(), None
+    if revived is not None:
+        weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
+        aux_errors = rows[batch * n_groups :]
+        aux_errors += errors[:, -1]
+        aux = mean_squares(aux_errors.unsqueeze(1))[0]
+        total = total + weight * aux
+        aux_errors *= 2 * weight / target.numel()
+    errors *= 2 / (n_groups * target.numel())
+    for group in reversed(range(n_groups - 1)):
+        errors[:, group] += errors[:, group + 1]
+
+    d_value = products(rows, params.W_dec, starts, active.latent)
+    order = active.latent.argsort(stable=True)
+    grads = Gradients(
+        source=source,
+        d_rows=rows,
+        row=row[order],
+        token=active.token[order],
+        value=active.value[order],
+        d_value=d_value[order],
+        starts=counted(active.latent, capacity.dict_size),
+        b_enc=torch.zeros_like(params.b_enc).index_add_(0, active.latent, d_value),
+        b_dec=errors[:, 0].sum(dim=0),
+    )
+    return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
+
+
+def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_values_and_1"]:
+    """Where each value starts in the sorted index, and the length."""
+    starts = index.new_zeros(n_values + 1)
+    torch.cumsum(torch.bincount(index, minlength=n_values), dim=0, out=starts[1:])
+    return starts
+
+
+def weighted_sums(
+    rows: Float[Tensor, "m d"],
+    index: Int64[Tensor, " n"],
+    starts: Int64[Tensor, " n_sums"],
+    weights: Float[Tensor, " n"],
+) -> Float[Tensor, "n_sums d"]:
+    """Sum i is that of rows[index] * weights over entries from starts[i] to starts[i + 1]."""
+    return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def products(
+    left: Float[Tensor, "n_rows d"],
+    right: Float[Tensor, "dict_size d"],
+    starts: Int64[Tensor, " n_rows_and_1"],
+    latent: Int64[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """left @ right.T at the entries of a sparse matrix in CSR form."""
+    pattern = torch.sparse_csr_tensor(
+        starts, latent, left.new_zeros(len(latent)), (len(left), len(right)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+def mean_squares(errors: Float[Tensor, "batch n d"]) -> Float[Tensor, " n"]:
+    """Means over tokens and dimensions, summed token by token: the same for any number of threads."""
+    return errors.square().sum(dim=2).mean(dim=0) / errors.shape[2]

@@ -1,0 +1,75 @@
+"""One step of training: what every way to learn from a batch has in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from sweep.config import Capacity, Revival, Schedule
+from sweep.schedule import learning_rate
+from sweep.state import TrainState
+from sweep.step import reference, sparse
+from sweep.step.loss import Loss
+
+__all__ = ["Learn", "StepReport", "default_learn", "train_step_"]
+
+Learn = Callable[
+    [TrainState, Tensor, Tensor, Capacity, Revival, Int64[Tensor, " n_dead"], float, tuple[float, ...]], Loss
+]
+"""Changes parameters and moments by one step on scaled source and target: `sparse.learn_` or `reference.learn_`."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did; tensors stay on the device until somebody asks for a number."""
+
+    loss: Loss
+    target: Float[Tensor, "batch d_out"]
+    n_dead: int
+    lr: float
+
+    def values(self) -> dict[str, float]:
+        """The step's point on every training curve.
+
+        `fvu` is the squared error of the full reconstruction over the targets' squared deviation from their mean in
+        this batch; it is left out where they do not vary.
+        """
+        values = {"loss": float(self.loss.total), "n_dead": float(self.n_dead), "lr": self.lr}
+        values["l0"] = self.loss.n_active / len(self.target)
+        values |= {f"loss_{i}": float(prefix) for i, prefix in enumerate(self.loss.prefixes)}
+        if (deviation := float(self.target.var(dim=0, correction=0).mean())) > 0:
+            values["fvu"] = float(self.loss.prefixes[-1]) / deviation
+        if self.loss.aux is not None:
+            values["aux_loss"] = float(self.loss.aux)
+        return values
+
+
+def default_learn(device: torch.device) -> Learn:
+    """The sparse step on the CPU; on CUDA, where the two were not compared, the dense one."""
+    return sparse.learn_ if device.type == "cpu" else reference.learn_
+
+
+@torch.no_grad()
+def train_step_(
+    state: TrainState,
+    source: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    capacity: Capacity,
+    schedule: Schedule,
+    revival: Revival,
+    learn_: Learn | None = None,
+) -> StepReport:
+    """Learn from one batch of raw source and target, in place."""
+    learn_ = learn_ or default_learn(state.params.W_enc.device)
+    dead = (state.batches_since_fired >= revival.n_batches_to_dead).nonzero().flatten()
+    dtype = state.params.W_enc.dtype
+    scaled_source = source.to(dtype) * state.source_scale
+    scaled_target = target.to(dtype) * state.target_scale
+    lr = learning_rate(state.step, schedule)
+    loss = learn_(state, scaled_source, scaled_target, capacity, revival, dead, lr, schedule.betas)
+    state.batches_since_fired += 1
+    state.batches_since_fired[loss.fired] = 0
+    state.step += 1
+    return StepReport(loss, scaled_target, n_dead=len(dead), lr=lr)
