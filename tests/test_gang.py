@@ -214,7 +214,7 @@ def test_an_error_before_training_ends_in_every_status(tmp_path: Path, cache: Ca
     results = run_cells(cells, make_workflow(tmp_path / "out", cache))
     for cell in cells:
         status = read_status(results.cell(cell.cell_id))
-        assert (status.state, status.error["class"]) == ("failed", "DataError")
+        assert (status.state, status.error["class"]) == ("failed", "TooShort")
     assert not list(results.table("runs").iterdir())
 
 
