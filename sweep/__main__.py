@@ -24,11 +24,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def main() -> None:
-    """Keeps `evaluate` a word to type while it is the only command."""
-
-
 @app.command(name="evaluate")
 def evaluate_command(
     checkpoint: Annotated[Path, typer.Option(help="results/cells/<cell_id>, or the transcoder folder in it.")],
@@ -77,6 +72,42 @@ def evaluate_command(
         if output_dir is not None:
             write(scored, output_dir)
         print(text(scored), end="")
+
+
+@app.command(name="prepare")
+def prepare_command(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="As for sweep_runner.py, grids included.")
+    ] = None,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Changes nothing: a sweep's may be kept.")] = False,
+) -> None:
+    """Fetch and convert the models and tokenise the texts of a sweep, and nothing else.
+
+    For clusters whose compute nodes have no network: prepare where there is one, then give the sweep the same
+    overrides. Given again, it finds everything there.
+
+    \b
+    Examples:
+      python -m sweep prepare dict_size=4608,9216 top_k=32,64
+      python -m sweep prepare model=gemma-2-2b data=fineweb-edu cache_dir=/shared/cache
+    """
+    with refusals():
+        from sweep.launch import console
+        from sweep.launch.compose import cells_of
+        from sweep.launch.launch import check_cache
+        from sweep.paths import CacheFolder
+
+        workflow, cells = cells_of(overrides or ())
+        if workflow.dry_run:
+            raise ConfigError("dry_run=true: prepare makes things; python sweep_runner.py dry_run=true shows the plan")
+        cache = CacheFolder(Path(workflow.cache_dir))
+        check_cache(cache.root)
+        with console.progress() as report:
+            report("start", 0, 0, "")
+            from sweep.prepare import prepare
+
+            prepared = prepare(cells, cache, report)
+        console.show_prepared([(p.kind, p.what, p.was_there, p.n_bytes, p.folder) for p in prepared])
 
 
 @contextlib.contextmanager

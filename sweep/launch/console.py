@@ -37,6 +37,7 @@ __all__ = [
     "show_cost",
     "show_failures",
     "show_plan",
+    "show_prepared",
     "show_results",
     "varied",
 ]
@@ -147,6 +148,16 @@ def show_failures(failures: Mapping[str, Sequence[Failure]]) -> None:
         problem(f"{plural(len(stopped), 'cell')} ({', '.join(cell_ids)}) {reason}\n    more in {log}")
 
 
+def show_prepared(prepared: Sequence[tuple[str, str, bool, int, Path]]) -> None:
+    """Each (kind, what, was there before, bytes, folder), and one sentence on all of them."""
+    table = Table("kind", "what", "state", "size", "where", box=None, pad_edge=False)
+    for kind, what, was_there, n_bytes, folder in prepared:
+        table.add_row(kind, what, "there" if was_there else "made", size(n_bytes), str(folder))
+    out.print(table)
+    n_made = sum(not was_there for _, _, was_there, _, _ in prepared)
+    out.print(f"{plural(n_made, 'thing')} made, {len(prepared) - n_made} there already" if n_made else "all is there")
+
+
 def plural(n: int, word: str, ending: str = "s") -> str:
     return f"{n} {word}{ending if n != 1 else ''}"
 
@@ -158,6 +169,8 @@ def readable(value: Any) -> str:
 
 
 def size(n_bytes: float) -> str:
+    if n_bytes < 2**20:
+        return f"{n_bytes / 2**10:.0f} KiB"
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 

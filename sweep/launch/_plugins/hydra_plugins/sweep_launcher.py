@@ -34,11 +34,21 @@ class GridSweeper(BasicSweeper):
             refuse("hydra/launcher", config.hydra.launcher._target_, "local")
 
     def sweep(self, arguments: list[str]) -> Any:
-        assert self.hydra_context is not None and self.launcher is not None
+        assert self.launcher is not None
+        return self.launcher.launch(self.grid(arguments), initial_job_idx=0)
+
+    def grid(self, arguments: list[str]) -> list[list[str]]:
+        """The overrides of each cell."""
+        assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
-        return self.launcher.launch(grid, initial_job_idx=0)
+        return [list(cell) for cell in grid]
+
+    def composed(self, arguments: list[str]) -> list[tuple[list[str], dict[str, Any] | str]]:
+        """What the launcher would get to run, without running it."""
+        assert isinstance(self.launcher, SweepLauncher)
+        return [self.launcher.compose(overrides) for overrides in self.grid(arguments)]
 
 
 class SweepLauncher(Launcher):
