@@ -60,6 +60,7 @@ class ActivationStream:
         self.epoch_tokens = self.n_blocks * self.block_tokens
         self.windows_per_epoch = -(-self.n_blocks // BLOCKS_PER_WINDOW)
         self._held: Window | None = None
+        self._buffers: Batch = {}
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """Batches `start` to `stop - 1` with their numbers."""
@@ -78,7 +79,10 @@ class ActivationStream:
         return {site: concatenate([piece[site] for piece in pieces]) for site in self.sites}
 
     def first_window(self) -> Batch:
-        """The tokens of the first window in block order: what scales and initial parameters are read off."""
+        """The tokens of the first window in block order: what scales and initial parameters are read off.
+
+        The next window overwrites them.
+        """
         return self._window(0).batch
 
     def split(self, split: str) -> Iterator[Batch]:
@@ -98,11 +102,22 @@ class ActivationStream:
     def _window(self, number: int) -> "Window":
         """Window `number`, counted over all epochs. The last one read is kept."""
         if self._held is None or self._held.number != number:
-            self._held = None  # frees the old window before the new one is built
+            self._held = None
             blocks = self.blocks.read("train", self._blocks_of(number), self.sites)
-            batch = {site: concatenate([block[site] for block in blocks]) for site in self.sites}
+            batch = {site: self._gathered(site, [block[site] for block in blocks]) for site in self.sites}
             self._held = Window(number, torch.from_numpy(self._order(number)), batch)
         return self._held
+
+    def _gathered(self, site: Site, parts: list[Activations]) -> Activations:
+        """The parts end to end, in memory kept from window to window: fresh pages cost more than the copy."""
+        if site not in self._buffers:
+            n_tokens = min(self.window_tokens, self.epoch_tokens)
+            self._buffers[site] = Activations(*(tensor.new_empty(n_tokens, tensor.shape[1]) for tensor in parts[0]))
+        n_tokens = sum(len(part.source) for part in parts)
+        window = Activations(*(buffer[:n_tokens] for buffer in self._buffers[site]))
+        torch.cat([part.source for part in parts], out=window.source)
+        torch.cat([part.target for part in parts], out=window.target)
+        return window
 
     def _locate(self, position: int) -> tuple[int, int]:
         """The window that holds a position of the endless token sequence, and the offset in it."""
