@@ -75,7 +75,7 @@ def _group(key: Row, rows: list[Row], keys: Sequence[tuple[Any, ...]]) -> Group:
     rows = sorted(rows, key=lambda row: (number(row["fvu"]), number(row["l0"]), row["cell_id"]))
     front = pareto_front([(number(row["l0"]), number(row["fvu"])) for row in rows])
     rows = [{**row, "rank": i, "pareto": mark} for i, (row, mark) in enumerate(zip(rows, front, strict=True), 1)]
-    same, varying = _same_and_varying(rows)
+    same, varying = _same_and_varying([row for row in rows if row["kind"] != "baseline"] or rows)
     return Group(
         key=key,
         rows=rows,

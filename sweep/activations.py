@@ -85,9 +85,10 @@ class ActivationStream:
         """
         return self._window(0).batch
 
-    def split(self, split: str) -> Iterator[Batch]:
-        """The blocks of the calibration or held-out split, in order."""
-        return (self.blocks.read(split, [block], self.sites)[0] for block in range(self.blocks.count(split)))
+    def split(self, split: str, also: Collection[Site] = ()) -> Iterator[Batch]:
+        """The blocks of the calibration or held-out split, in order; `also` at sites that no batch is asked for."""
+        sites = tuple(dict.fromkeys((*self.sites, *also)))
+        return (self.blocks.read(split, [block], sites)[0] for block in range(self.blocks.count(split)))
 
     def demand(self, n_batches: int) -> "Demand":
         """What the first `n_batches` batches, calibration and evaluation ask of the blocks."""

@@ -60,6 +60,8 @@ class Evaluation:
     """
 
     metrics: Metrics
+    source_norm: float
+    """Mean Euclidean norm of what the transcoder read."""
     latents: list[dict[str, Any]]
     sequences: list[dict[str, Any]]
 
@@ -108,6 +110,7 @@ class Score:
         self.dict_size = predictor.W_enc.shape[1]
         self.reconstruction = Reconstruction()
         self.activity = LatentActivity(self.dict_size, predictor.W_enc.device)
+        self.source_norms = 0.0
 
     def update(self, activations: Activations) -> None:
         """Add a block, a chunk of tokens at a time, so that the latents of a chunk stay small."""
@@ -115,6 +118,7 @@ class Score:
         for chunk in pieces(len(source), 4 * self.dict_size):
             read = source[chunk].to(self.predictor.W_enc)
             latents = self.predictor.encode(read)
+            self.source_norms += float(torch.linalg.vector_norm(read.double(), dim=1).sum())
             self.activity.update(latents)
             self.reconstruction.update(target[chunk], self.predictor.decode(latents, read).to(target.device))
 
@@ -126,6 +130,7 @@ class Score:
                 **self.activity.metrics(),
                 **similarity.metrics(),
             },
+            source_norm=self.source_norms / deviations.n_tokens,
             latents=self._latents(similarity),
             sequences=self._sequences(deviations, seq_tokens),
         )

@@ -17,11 +17,12 @@ import torch
 
 from sweep import checkpoint
 from sweep.activations import ActivationStream
+from sweep.beside import Beside, baselines_beside, commit_baseline
 from sweep.blocks import HarvestedBlocks, with_cache
 from sweep.commit import Workplace, commit
 from sweep.config import Model
 from sweep.errors import Interrupted, ModelError, SweepError
-from sweep.evaluate import evaluate
+from sweep.evaluate import Evaluation, evaluate
 from sweep.finish import finish
 from sweep.gang import Gang, Member, join
 from sweep.initialise import initial_state
@@ -91,8 +92,12 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report)
     if not gang.members:
         return
     calibrate(gang, place, report)
-    evaluate_all(gang, place, report)
+    beside = baselines_beside(gang.sites, workflow, place, results, report)
+    evaluations = evaluate_all(gang, beside, place, report)
     gang.attempt_all(lambda member: commit(member, results, place, workflow))
+    for one in beside:
+        if one.row_id in evaluations:
+            commit_baseline(one, evaluations[one.row_id], results, place)
 
 
 def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
@@ -177,13 +182,16 @@ def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
     gang.attempt_all(fit)
 
 
-def evaluate_all(gang: Gang, place: Workplace, report: Report) -> None:
-    """Score the members on the held-out rows, all in one pass."""
+def evaluate_all(gang: Gang, beside: Sequence[Beside], place: Workplace, report: Report) -> dict[str, Evaluation]:
+    """Score the members on the held-out rows, and the baselines beside them, all in one pass."""
     predictors = {m.cell.cell_id: (m.cell.site, m.transcoder) for m in gang.members if m.transcoder}
     if not predictors:
-        return
+        return {}
+    predictors |= {one.row_id: (one.baseline.site, one.baseline.transcoder) for one in beside}
+    heldout = place.stream.split("heldout", also=[one.baseline.site for one in beside])
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
-    evaluations = evaluate(predictors, place.stream.split("heldout"), seq_tokens, report, n_blocks)
+    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
+    return evaluations

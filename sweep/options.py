@@ -6,6 +6,7 @@ once.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -32,6 +33,8 @@ ABSOLUTE = {
     "steps": "epochs",
 }
 """Absolute keys and the relative ones they win over when both are given."""
+
+L0_CHOICE = r"all|lowest|nearest:\d+(\.\d+)?|\d+"
 
 LOOKED_UP = ("model_revision", "n_layers", "d_in", "d_out", "n_body_params", "dataset_revision")
 """Keys that may be left null because they can be read off a folder, a file or the installed packages."""
@@ -67,10 +70,19 @@ class Workflow:
     checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
     keep_checkpoints: bool = option("keep the checkpoints of finished cells")
     device: str = option("auto, cpu, cuda or cuda:<n>")
+    baselines: Literal["none", "gemma_scope"] = option(
+        "gemma_scope: also score Google's transcoders of each layer, in the same pass over the held-out rows"
+    )
+    baselines_dir: str | None = option("a local folder in Google's layout; null takes them from the hub")
+    baselines_l0: str = option("which of them: all, lowest, nearest:<number>, or an L0 that is there")
+    baselines_width: str = option("their width, as in their folders' names")
+    baselines_revision: str | None = option("commit on the hub; null takes the newest")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(0, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib)
         yield from device_problems(self.device)
+        if not re.fullmatch(L0_CHOICE, self.baselines_l0):
+            yield f"baselines_l0={self.baselines_l0} is no L0; choose all, lowest, nearest:<number> or a number"
         for key in ("results_dir", "cache_dir"):
             if not getattr(self, key):
                 yield f"{key} is empty; name a folder"
@@ -133,7 +145,7 @@ def absolute(values: dict[str, Any], relative: Relative) -> None:
 def not_a_choice(options: Mapping[str, Any]) -> Iterator[str]:
     """Problems of options whose type is a Literal; Hydra knows only that they are strings."""
     for _, name, hint, _ in option_fields():
-        if get_origin(hint) is Literal and (value := options[name]) not in get_args(hint):
+        if get_origin(hint) is Literal and name in options and (value := options[name]) not in get_args(hint):
             yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from make import make_cell
+from make import NO_BASELINES, make_cell
 
 from sweep.config import Cell
 from sweep.launch.launch import freeze
@@ -34,6 +34,7 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "checkpoint_steps": 10,
         "keep_checkpoints": True,
         "device": "cpu",
+        **NO_BASELINES,
     }
     return Workflow(**values | overrides)
 

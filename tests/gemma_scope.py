@@ -63,7 +63,8 @@ def write_second(
     folder = root / kind / f"layer_{layer}_width_{width}_l0_{size}{'_affine' * affine}"
     folder.mkdir(parents=True)
     theirs = {"W_enc": "w_enc", "W_dec": "w_dec", "W_skip": "affine_skip_connection"}
-    save_file({theirs.get(name, name): array for name, array in arrays.items()}, folder / "params.safetensors")
+    tensors = {theirs.get(name, name): np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(tensors, folder / "params.safetensors")
     values = {
         "hf_hook_point_in": f"model.layers.{layer}.pre_feedforward_layernorm.output",
         "hf_hook_point_out": f"model.layers.{layer}.post_feedforward_layernorm.output",

@@ -8,7 +8,7 @@ from sweep.options import cell_from_options
 from sweep.paths import ResultsFolder
 from sweep.results import write_run
 
-__all__ = ["TINY", "make_cell", "make_options", "make_site", "row_file", "write_cell"]
+__all__ = ["NO_BASELINES", "TINY", "make_cell", "make_options", "make_site", "row_file", "write_cell"]
 
 TINY = Model(
     model="tiny",
@@ -22,6 +22,14 @@ TINY = Model(
     d_out=32,
     n_body_params=28_064,
 )
+
+NO_BASELINES: dict[str, Any] = {
+    "baselines": "none",
+    "baselines_dir": None,
+    "baselines_l0": "all",
+    "baselines_width": "16k",
+    "baselines_revision": None,
+}
 
 OPTIONS: dict[str, Any] = {
     # capacity

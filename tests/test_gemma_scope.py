@@ -10,7 +10,8 @@ import torch
 from gemma_scope import Arrays, random_arrays, reference_prediction, write_first, write_second
 
 from sweep.baselines.family import entry_of, scan
-from sweep.baselines.gemma_scope import Baseline, check_shapes, load_baseline, suspicions
+from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
+from sweep.baselines.header import check_shapes
 from sweep.errors import BaselineError
 from sweep.transcoder import load_transcoder, save_transcoder
 

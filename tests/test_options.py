@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make import make_cell, make_options
+from make import NO_BASELINES, make_cell, make_options
 
 from sweep.config import HOOKS, Cell, as_json, cell_from_json
 from sweep.errors import ConfigError
@@ -206,9 +206,13 @@ def test_options_schema_holds_every_option_once() -> None:
         ({"device": "tpu"}, "device=tpu is not a device"),
         ({"checkpoint_steps": -1}, "checkpoint_steps=-1 must be at least 0"),
         ({"results_dir": ""}, "results_dir is empty"),
+        *(
+            ({"baselines_l0": l0}, "baselines_l0=.*is no L0; choose all, lowest")
+            for l0 in ("", "most", "nearest:", "-3")
+        ),
     ],
 )
 def test_a_bad_workflow_value_is_named(overrides: dict[str, Any], message: str) -> None:
     values = {"results_dir": "out", "cache_dir": "cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10}
     with pytest.raises(ConfigError, match=message):
-        workflow_from_options(values | {"keep_checkpoints": False, "device": "cpu"} | overrides)
+        workflow_from_options(values | {"keep_checkpoints": False, "device": "cpu"} | NO_BASELINES | overrides)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from gangs import make_workflow, run_cells
-from make import make_cell, make_options
+from make import NO_BASELINES, make_cell, make_options
 
 from sweep.config import Cell
 from sweep.errors import ConfigError, Interrupted
@@ -18,7 +18,7 @@ from sweep.status import Status
 
 WORKFLOW: dict[str, Any] = {
     "results_dir": "out", "cache_dir": "out/cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10,
-    "keep_checkpoints": False, "device": "cpu",
+    "keep_checkpoints": False, "device": "cpu", **NO_BASELINES,
 }  # fmt: skip
 
 

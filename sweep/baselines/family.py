@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweep.errors import BaselineError, ConfigError
+from sweep.errors import BaselineError
 from sweep.revisions import read_json
 
-__all__ = ["CONFIG", "PARAMS", "Entry", "check_l0", "choose", "entry_of", "l0_of", "read_config", "scan"]
+__all__ = ["CONFIG", "PARAMS", "Entry", "choose", "entry_of", "l0_of", "read_config", "scan"]
 
 PARAMS = ("params.npz", "params.safetensors")
 CONFIG = "config.json"
@@ -119,16 +119,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BaselineError(f"{path} is no JSON object; download it again")
     return config
-
-
-def check_l0(l0: str, key: str) -> None:
-    """Refuse what is no choice of L0.
-
-    Raises:
-        ConfigError: with what can be chosen.
-    """
-    if not re.fullmatch(r"all|lowest|nearest:\d+(\.\d+)?|\d+", l0):
-        raise ConfigError(f"{key}={l0} is no choice of L0; choose all, lowest, nearest:<number> or a number")
 
 
 def choose(entries: Iterable[Entry], layer: int, width: str | None, l0: str, where: str) -> list[Entry]:

@@ -11,29 +11,20 @@ Both predict what is added to the residual. b_dec is not subtracted from the inp
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sweep.baselines.family import CONFIG, Entry, read_config
-from sweep.baselines.npz import npz_shapes, read_npz, why_not_whole
+from sweep.baselines.family import Entry
+from sweep.baselines.header import NAMES, check_config, check_shapes
+from sweep.baselines.npz import read_npz, why_not_whole
 from sweep.config import Site
 from sweep.errors import BaselineError
 from sweep.revisions import sha256_of_file
 from sweep.transcoder import Transcoder
 
-__all__ = ["Baseline", "check_shapes", "load_baseline", "suspicions"]
-
-NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-SECOND_NAMES = {
-    "w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold",
-    "affine_skip_connection": "W_skip",
-}  # fmt: skip
-
-HOOKS_OF_SECOND = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
-"""Where transcoders of Gemma Scope 2 read and what they predict, in the words of their config.json."""
+__all__ = ["Baseline", "load_baseline", "suspicions"]
 
 L0_FACTOR = 1.5
 """A measured L0 further than this from the authors' says that something is read the wrong way, or another text."""
@@ -55,32 +46,6 @@ class Baseline:
     """The language model it was trained on."""
 
 
-def check_shapes(entry: Entry, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """Names (ours) and shapes of the weights, read off the header alone.
-
-    Raises:
-        BaselineError: the file is missing, not whole, or of a model of other widths.
-    """
-    path = entry.params
-    if not path.is_file():
-        raise BaselineError(f"{path} is missing; download it again")
-    shapes = npz_shapes(path) if path.suffix == ".npz" else _safetensors_shapes(path)
-    if missing := [name for name in NAMES if name not in shapes]:
-        raise BaselineError(f"{path} has no {', '.join(missing)}; it holds {', '.join(sorted(shapes))}")
-    width = shapes["b_enc"][0] if len(shapes["b_enc"]) == 1 else -1
-    expected = {
-        "W_enc": (d_in, width), "b_enc": (width,), "W_dec": (width, d_out), "b_dec": (d_out,), "threshold": (width,),
-        "W_skip": (d_in, d_out),
-    }  # fmt: skip
-    for name, shape in expected.items():
-        if shapes.get(name, shape) != shape:
-            raise BaselineError(
-                f"{path}: {name} has the shape {shapes[name]}; a transcoder of this language model, of width {width}, "
-                f"has {shape}: it belongs to another model"
-            )
-    return {name: shape for name, shape in shapes.items() if name in expected}
-
-
 def load_baseline(entry: Entry, layer: int, d_in: int, d_out: int, device: str = "cpu") -> Baseline:
     """Read a transcoder of Google's after checking its header, names and shapes.
 
@@ -89,7 +54,7 @@ def load_baseline(entry: Entry, layer: int, d_in: int, d_out: int, device: str =
     """
     shapes = check_shapes(entry, d_in, d_out)
     first = entry.params.suffix == ".npz"
-    config = {} if first else _checked_config(entry, layer)
+    config = {} if first else check_config(entry, layer)
     tensors = _read(entry.params, shapes)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise BaselineError(f"{entry.params} has weights that are not finite; download it again")
@@ -129,34 +94,13 @@ def suspicions(baseline: Baseline, l0: float, source_norm: float) -> list[str]:
     return lines
 
 
-def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name in SECOND_NAMES]  # noqa: SIM118
-            return {SECOND_NAMES[name]: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BaselineError(why_not_whole(path, error)) from error
-
-
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of these names, in float32."""
     if path.suffix == ".npz":
         return {name: torch.from_numpy(array) for name, array in read_npz(path).items() if name in shapes}
-    ours_to_theirs = {ours: theirs for theirs, ours in SECOND_NAMES.items()}
+    ours_to_theirs = {ours: theirs for theirs, ours in NAMES.items()}
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(ours_to_theirs[name]).float() for name in shapes}
     except (SafetensorError, OSError, ValueError) as error:
         raise BaselineError(why_not_whole(path, error)) from error
-
-
-def _checked_config(entry: Entry, layer: int) -> dict[str, Any]:
-    """The config.json beside the weights, if it speaks of a transcoder of this layer's MLP."""
-    config, path = read_config(entry.folder), entry.folder / CONFIG
-    for key, part in zip(("hf_hook_point_in", "hf_hook_point_out"), HOOKS_OF_SECOND, strict=True):
-        expected = f"model.layers.{layer}.{part}"
-        if (found := config.get(key)) != expected:
-            raise BaselineError(f"{path}: {key} is {found}; a transcoder of layer {layer} has {expected}")
-    if config.get("architecture", "jump_relu") != "jump_relu":
-        raise BaselineError(f"{path}: architecture is {config['architecture']}; only jump_relu is known")
-    return config

@@ -35,6 +35,7 @@ UNREADABLE = (
 class _Header:
     shape: tuple[int, ...]
     n_bytes: int
+    fortran_order: bool
 
 
 def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -63,10 +64,10 @@ def read_npz(path: Path) -> dict[str, NDArray[np.float32]]:
                 header = _checked_header(archive, entry, path)
                 with archive.open(entry) as file:
                     file.read(entry.file_size - header.n_bytes)
-                    array = np.empty(header.shape, np.dtype("<f4"))
+                    array = np.empty(header.shape[:: -1 if header.fortran_order else 1], np.dtype("<f4"))
                     if _read_into(file.read, array.reshape(-1).view(np.uint8)) != header.n_bytes or file.read(1):
                         raise EOFError(f"{name} is shorter than its header says")
-                    arrays[name] = array
+                    arrays[name] = np.ascontiguousarray(array.T) if header.fortran_order else array
     except UNREADABLE as error:
         raise BaselineError(why_not_whole(path, error)) from error
     return arrays
@@ -104,16 +105,15 @@ def _checked_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path
             raise ValueError(f"{entry.filename} has a header of version {version}")
         n_header = file.tell()
     shape, fortran_order, dtype = parsed
-    if dtype != np.dtype("<f4") or fortran_order:
-        order = " in Fortran order" if fortran_order else ""
-        raise BaselineError(f"{path}: {entry.filename} holds {dtype}{order}; Gemma Scope's arrays are float32, C order")
+    if dtype != np.dtype("<f4"):
+        raise BaselineError(f"{path}: {entry.filename} holds {dtype}; Gemma Scope's arrays are float32")
     n_bytes = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 0 or n_bytes != entry.file_size - n_header:
         raise BaselineError(
             f"{path}: {entry.filename} claims the shape {shape}, {n_bytes:,} bytes, but has "
             f"{entry.file_size - n_header:,}; it is damaged or made to do harm"
         )
-    return _Header(shape, n_bytes)
+    return _Header(shape, n_bytes, fortran_order)
 
 
 def _read_into(read: Callable[[int], bytes], buffer: NDArray[np.uint8]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from sweep.config import Cell, as_json
 from sweep.errors import ConfigError, Interrupted, SweepError
 from sweep.launch import console
+from sweep.launch.beside import with_baselines
 from sweep.launch.console import Failure
 from sweep.launch.cost import gang_cost, machine_flops, training_flops
 from sweep.launch.jobs import Job, divide
@@ -25,6 +26,7 @@ from sweep.launch.machine import LocalOptions, Slot, find_slots
 from sweep.launch.plan import Composed, Plan, is_locked, make_plan, resolve
 from sweep.launch.watch import watching
 from sweep.paths import LaunchFolder, ResultsFolder, check_writable, locked, try_lock, write_atomic, write_json
+from sweep.progress import silent
 from sweep.provenance import git_state
 from sweep.results import read_row
 from sweep.status import read_status
@@ -42,6 +44,7 @@ def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
         handler.setLevel(logging.WARNING)
     try:
         workflow, cells = resolve(composed)
+        workflow = with_baselines(workflow, [cell for _, cell in cells], silent)
         slots = find_slots(workflow.device, options)
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()

@@ -1,0 +1,250 @@
+"""Baselines scored beside the cells, in folders of Google's layout whose right answers are known in closed form.
+
+The sources and targets they are made from are read off Hugging Face's own modules, not through the code under test.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from gangs import make_workflow, run_cells
+from gemma_scope import Arrays, random_arrays, reference_prediction, write_first, write_second
+from make import make_cell, make_options
+
+from sweep.errors import BaselineError, ConfigError
+from sweep.launch.beside import with_baselines
+from sweep.options import cell_from_options
+from sweep.paths import CacheFolder, ResultsFolder
+from sweep.progress import silent
+
+D = 32
+
+
+def hugging_face(folder: Path, rows: Any) -> dict[str, np.ndarray]:
+    """What layer 1 of the tiny model reads and writes at positions 1 and later, one row per token, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    layer, seen = network.model.layers[1], {}
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs, output: seen.__setitem__(name, (inputs[0].detach(), output.detach()))
+
+    layer.pre_feedforward_layernorm.register_forward_hook(keep("norm"))
+    layer.post_feedforward_layernorm.register_forward_hook(keep("post"))
+    with torch.no_grad():
+        network(torch.from_numpy(rows.astype("int64")))
+    residual, normed = (tensor[:, 1:].reshape(-1, D).double().numpy() for tensor in seen["norm"])
+    unit = residual / np.sqrt((residual**2).mean(1, keepdims=True) + network.config.rms_norm_eps)
+    return {"norm_unit": unit, "norm_out": normed, "target": seen["post"][1][:, 1:].reshape(-1, D).double().numpy()}
+
+
+def constant(value: np.ndarray) -> Arrays:
+    """Predicts one vector; no latent fires."""
+    arrays = random_arrays(D, 8, D)
+    return arrays | {"W_enc": 0 * arrays["W_enc"], "b_enc": 0 * arrays["b_enc"], "b_dec": value.astype(np.float32)}
+
+
+def lookup(source: np.ndarray, target: np.ndarray, gain: np.ndarray) -> Arrays:
+    """The MLP on these tokens: a latent for each, which fires on it alone and writes its target.
+
+    `source` has rows of one norm; the transcoder reads them multiplied by `gain`.
+    """
+    unit = source / np.linalg.norm(source, axis=1, keepdims=True)
+    keep: list[int] = []
+    for i in range(len(unit)):  # the same token in the same context is one point
+        if not keep or (unit[keep] @ unit[i]).max() < 1 - 1e-6:
+            keep.append(i)
+    unit, norm, target = unit[keep], np.linalg.norm(source[keep], axis=1), target[keep]
+    cosines = unit @ unit.T - 2 * np.eye(len(unit))
+    threshold = norm * (1 + cosines.max(1)) / 2
+    arrays = {
+        "W_enc": unit.T / gain[:, None], "b_enc": np.zeros(len(unit)),
+        "W_dec": target / norm[:, None], "b_dec": np.zeros(D), "threshold": threshold,
+    }  # fmt: skip
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def fvu(prediction: np.ndarray, target: np.ndarray) -> float:
+    return float(((prediction - target) ** 2).sum() / ((target - target.mean(0)) ** 2).sum())
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_folder: Path, cache: CacheFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Sources and targets of the held-out rows of the cell below."""
+    from sweep.language_model import load_tokenizer
+    from sweep.tokens import prepare_tokens
+
+    cell = make_cell()
+    tokens = prepare_tokens(cell.data, cell.model, load_tokenizer(tiny_folder), cache, silent)
+    return hugging_face(tiny_folder, tokens.heldout)
+
+
+@pytest.fixture(scope="module")
+def families(truth: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("google")
+    target, gain = truth["target"], np.median(truth["norm_out"] / truth["norm_unit"], 0)
+    write_first(root, constant(0 * target[0]), l0=1, width="zero")
+    write_first(root, constant(target.mean(0)), l0=1, width="mean")
+    write_first(root, lookup(truth["norm_unit"], target, np.ones(D)), l0=1, width="mlp")
+    write_first(root, random_arrays(D, D, D), l0=9, width="square")
+    write_first(root, random_arrays(D, 80, D, seed=1), l0=25, width="16k")
+    write_second(root, lookup(truth["norm_unit"], target, gain), l0=1, width="mlp")
+    write_second(root, random_arrays(D, 80, D, seed=2, skip=True), l0=25)
+    return root
+
+
+@pytest.fixture(scope="module")
+def rows(families: Path, cache: CacheFolder, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """The rows of `runs` after two sweeps over one cell each, baselines beside them, of every width."""
+    root = tmp_path_factory.mktemp("beside")
+    for i, width in enumerate(("zero", "mean", "mlp", "square", "16k")):
+        workflow = make_workflow(
+            root, cache, baselines="gemma_scope", baselines_dir=str(families), baselines_width=width
+        )
+        run_cells([make_cell(seed=i, steps=2)], workflow)
+    return pl.read_parquet(sorted((root / "runs").glob("*.parquet")))
+
+
+def row(rows: pl.DataFrame, name: str) -> dict[str, Any]:
+    return rows.filter(pl.col("baseline") == name).row(0, named=True)
+
+
+def test_zero_the_mean_and_the_mlp_score_as_they_must(rows: pl.DataFrame, truth: dict[str, np.ndarray]) -> None:
+    target = truth["target"]
+    zero, mean = (row(rows, f"layer_1/width_{width}/average_l0_1") for width in ("zero", "mean"))
+    assert zero["fvu"] == pytest.approx(fvu(np.zeros_like(target), target), rel=1e-5)
+    assert mean["fvu"] == pytest.approx(1, rel=1e-5)
+    assert zero["l0"] == mean["l0"] == 0
+    for name in ("layer_1/width_mlp/average_l0_1", "transcoder_all/layer_1_width_mlp_l0_small"):
+        mlp = row(rows, name)
+        assert mlp["fvu"] < 1e-6
+        assert mlp["l0"] == 1
+        assert mlp["cosine"] == pytest.approx(1)
+        assert mlp["remarks"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "arrays"),
+    [
+        ("layer_1/width_square/average_l0_9", "norm_unit", random_arrays(D, D, D)),
+        ("layer_1/width_16k/average_l0_25", "norm_unit", random_arrays(D, 80, D, seed=1)),
+        ("transcoder_all/layer_1_width_16k_l0_small_affine", "norm_out", random_arrays(D, 80, D, seed=2, skip=True)),
+    ],
+)
+def test_baselines_score_as_their_published_definition(
+    rows: pl.DataFrame, truth: dict[str, np.ndarray], name: str, hook: str, arrays: Arrays
+) -> None:
+    latents, prediction = reference_prediction(arrays, truth[hook])
+    found = row(rows, name)
+    assert found["fvu"] == pytest.approx(fvu(prediction, truth["target"]), rel=1e-4)
+    assert found["l0"] == pytest.approx((latents > 0).sum(1).mean(), rel=1e-3)
+    assert (found["hook_in"], found["hook_out"], found["dict_size"]) == (hook, "mlp_out", arrays["b_enc"].shape[0])
+    assert found["n_evaluated_tokens"] == len(truth["target"])
+
+
+def test_cells_and_baselines_share_their_held_out_rows(rows: pl.DataFrame) -> None:
+    assert rows["kind"].value_counts().rows_by_key("kind") == {"cell": [(5,)], "baseline": [(7,)]}
+    assert rows["heldout_hash"].n_unique() == rows["model_hash"].n_unique() == 1
+
+
+def test_a_baseline_is_scored_once_and_changes_no_number_of_the_cells(
+    families: Path, cache: CacheFolder, tmp_path: Path
+) -> None:
+    alone = run_cells([make_cell()], make_workflow(tmp_path / "alone", cache))
+    workflow = make_workflow(tmp_path / "both", cache, baselines="gemma_scope", baselines_dir=str(families))
+    both = run_cells([make_cell()], workflow)
+    cell_id = make_cell().cell_id
+    for table in ("sequences", "latents", "curves"):
+        assert alone.row(table, cell_id).read_bytes() == both.row(table, cell_id).read_bytes()
+    before = baseline_files(both)
+    assert len(before) == 2
+    run_cells([make_cell(seed=1)], workflow)
+    assert baseline_files(both) == before
+
+
+def baseline_files(results: ResultsFolder) -> dict[str, tuple[int, int]]:
+    """Baselines' files in `runs`, and when they were written."""
+    files = results.table("runs").glob("*.parquet")
+    found = [path for path in files if pl.read_parquet(path)["kind"][0] == "baseline"]
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+
+def test_a_baseline_that_vanished_costs_no_cell_anything(cache: CacheFolder, tmp_path: Path) -> None:
+    workflow = make_workflow(tmp_path, cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "gone"))
+    results = run_cells([make_cell(steps=2)], workflow)
+    assert results.row("runs", make_cell(steps=2).cell_id).exists()
+    assert "no baselines at layer 1" in results.cell(make_cell(steps=2).cell_id).log.read_text()
+
+
+def test_an_l0_far_from_its_authors_is_told_in_the_row_and_the_log(cache: CacheFolder, tmp_path: Path) -> None:
+    write_first(tmp_path / "google", random_arrays(D, 80, D, seed=1), l0=400)
+    workflow = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
+    results = run_cells([make_cell(steps=2)], workflow)
+    (name,) = baseline_files(results)
+    assert "its authors' is 400" in pl.read_parquet(results.table("runs") / name)["remarks"][0]
+    assert "its authors' is 400" in results.cell(make_cell(steps=2).cell_id).log.read_text()
+
+
+def resolve(tmp_path: Path, cache: CacheFolder, cells: Any = None, **workflow: Any) -> Any:
+    asked = make_workflow(tmp_path / "results", cache, baselines="gemma_scope", **workflow)
+    return with_baselines(asked, [make_cell()] if cells is None else cells, silent)
+
+
+def test_launch_finds_the_folder_and_makes_it_absolute(
+    families: Path, cache: CacheFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(families.parent)
+    assert resolve(tmp_path, cache, baselines_dir=families.name).baselines_dir == str(families)
+
+
+@pytest.mark.parametrize(
+    ("workflow", "cell", "message"),
+    [
+        ({"baselines_l0": "113"}, {}, r"baselines_dir=.*L0 113 is not in .* it has L0 25"),
+        ({"baselines_width": "1k"}, {}, r"width 1k is not in .* it has widths 16k"),
+        ({}, {"layer": 2}, r"layer 2 is not in .* it has layer 1"),
+        ({"baselines_dir": "/nowhere"}, {}, r"/nowhere is no folder"),
+    ],
+)
+def test_launch_says_what_is_not_there(
+    families: Path, cache: CacheFolder, tmp_path: Path, workflow: Any, cell: Any, message: str
+) -> None:
+    with pytest.raises(BaselineError, match=message):
+        resolve(tmp_path, cache, [make_cell(**cell)], **{"baselines_dir": str(families)} | workflow)
+
+
+def test_launch_refuses_weights_of_another_model_and_truncated_ones(cache: CacheFolder, tmp_path: Path) -> None:
+    folder = write_first(tmp_path / "google", random_arrays(D + 1, 80, D))
+    with pytest.raises(BaselineError, match="belongs to another model"):
+        resolve(tmp_path, cache, baselines_dir=str(tmp_path / "google"))
+    (folder / "params.npz").write_bytes((folder / "params.npz").read_bytes()[:3000])
+    with pytest.raises(BaselineError, match="not whole"):
+        resolve(tmp_path, cache, baselines_dir=str(tmp_path / "google"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_launch_refuses_baselines_where_there_are_none(cache: CacheFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there are none for model=tiny.*baselines_dir="):
+        resolve(tmp_path, cache)
+    with pytest.raises(ConfigError, match="predict mlp_out"):
+        resolve(tmp_path, cache, [cell_from_options(make_options(hook_out="resid_mid"))])
+
+
+def test_launch_says_at_once_that_the_hub_cannot_be_reached(
+    cache: CacheFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cell = make_cell()
+    cell = replace(cell, model=replace(cell.model, model="gemma-2-2b"), site=replace(cell.site, layer=17))
+    with pytest.raises(BaselineError, match=r"hub cannot be reached .*nothing was downloaded before.*baselines_dir="):
+        resolve(tmp_path, cache, [cell])
+    with pytest.raises(BaselineError, match=r"L0 113 is not in .* it has L0 12, 20, 34, 112, 1246"):
+        resolve(tmp_path, cache, [cell], baselines_l0="113")
