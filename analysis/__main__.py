@@ -118,7 +118,7 @@ def schema_command(
     json: AsJson = False,
     csv: AsCsv = False,
 ) -> None:
-    """The columns of each table: type and meaning.
+    """The columns of each table: type, unit and meaning.
 
     \b
     Examples:
@@ -133,20 +133,23 @@ def schema_command(
 
         if table is not None and table not in TABLES:
             raise ConfigError(f"table {table} does not exist; choose one of {', '.join(TABLES)}")
-        columns = ("table", "column", "type", "volatile", "meaning")
+        columns = ("table", "column", "type", "unit", "volatile", "meaning")
         tables = TABLES if table is None else {table: TABLES[table]}
-        rows = [(name, c.name, c.dtype, c.volatile, c.doc) for name, part in tables.items() for c in part]
+        rows = [(name, c.name, c.dtype, c.unit, c.volatile, c.doc) for name, part in tables.items() for c in part]
         if json:
             show.write(show.as_json(dict(zip(columns, row, strict=True)) for row in rows))
         elif csv:
             show.write(show.as_csv(columns, rows))
         else:
             for name in tables:
-                lines = [(c, dtype, doc + volatile * " (volatile)") for t, c, dtype, volatile, doc in rows if t == name]
-                show.write(
-                    [show.as_text(name, style="bold"), show.as_table(("column", "type", "meaning"), lines), "\n"]
-                )
-            show.write(["volatile: differs between identical runs\n"])
+                lines = [
+                    (c, dtype, unit, doc + volatile * " (volatile)")
+                    for t, c, dtype, unit, volatile, doc in rows
+                    if t == name
+                ]
+                table_text = show.as_table(("column", "type", "unit", "meaning"), lines)
+                show.write([show.as_text(name, style="bold"), table_text, "\n"])
+            show.write(["unit 1: a number without one; volatile: differs between identical runs\n"])
 
 
 @contextlib.contextmanager

@@ -45,22 +45,27 @@ HOOKS = {
 """Hooks by meaning, and the TransformerLens activation each one is."""
 
 
-def option(doc: str, *, identity: bool = True) -> Any:
-    """A dataclass field that is a command-line option. `identity=False` keeps it out of `cell_id`."""
-    return field(metadata={"doc": doc, "identity": identity})
+def option(doc: str, *, unit: str = "", identity: bool = True) -> Any:
+    """A dataclass field that is a command-line option, with a unit if it is a number.
+
+    `identity=False` keeps it out of `cell_id`.
+    """
+    return field(metadata={"doc": doc, "unit": unit, "identity": identity})
 
 
 @dataclass(frozen=True)
 class Capacity:
     """How wide and how sparse the transcoder is."""
 
-    dict_size: int = option("number of latents")
-    top_k: int = option("active latents asked for, per token on average")
+    dict_size: int = option("number of latents", unit="latents")
+    top_k: int = option("active latents asked for, per token on average", unit="latents")
     activation: Literal["batch_top_k", "top_k"] = option(
         "batch_top_k: the top_k * batch_size largest of a batch, one threshold at inference; "
         "top_k: the largest of each token"
     )
-    groups: tuple[int, ...] = option("nested (Matryoshka) prefixes as cumulative ends; the last is dict_size")
+    groups: tuple[int, ...] = option(
+        "nested (Matryoshka) prefixes as cumulative ends; the last is dict_size", unit="latents"
+    )
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -83,15 +88,15 @@ class Capacity:
 class Schedule:
     """Learning rate and length of the training."""
 
-    lr: float = option("peak learning rate of Adam")
-    steps: int = option("training steps; default n_tokens * epochs // batch_size")
-    batch_size: int = option("tokens in a batch")
-    warmup_steps: int = option("steps of linear warm-up")
+    lr: float = option("peak learning rate of Adam", unit="1")
+    steps: int = option("training steps; default n_tokens * epochs // batch_size", unit="steps")
+    batch_size: int = option("tokens in a batch", unit="tokens")
+    warmup_steps: int = option("steps of linear warm-up", unit="steps")
     decay: Literal["linear", "cosine", "constant"] = option(
         "shape from the end of warm-up to min_lr at the last step; constant ignores min_lr"
     )
-    min_lr: float = option("learning rate of the last step")
-    betas: tuple[float, ...] = option("Adam's two decay rates")
+    min_lr: float = option("learning rate of the last step", unit="1")
+    betas: tuple[float, ...] = option("Adam's two decay rates", unit="1")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, batch_size=self.batch_size)
@@ -113,9 +118,9 @@ class Schedule:
 class Revival:
     """How latents that stopped firing are brought back."""
 
-    aux_penalty: float = option("weight of the auxiliary loss; 0 turns it off")
-    top_k_aux: int = option("dead latents that reconstruct the residual of each token")
-    n_batches_to_dead: int = option("batches without firing after which a latent counts as dead")
+    aux_penalty: float = option("weight of the auxiliary loss; 0 turns it off", unit="1")
+    top_k_aux: int = option("dead latents that reconstruct the residual of each token", unit="latents")
+    n_batches_to_dead: int = option("batches without firing after which a latent counts as dead", unit="batches")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(0, aux_penalty=self.aux_penalty)
@@ -134,10 +139,12 @@ class Model:
     model_revision: str = option("commit, file hash or version of the weights")
     model_dtype: Literal["float32", "bfloat16"] = option("precision the language model runs in")
     model_path: str | None = option("a directory with config.json, safetensors and tokenizer", identity=False)
-    n_layers: int = option("layers of the language model", identity=False)
-    d_in: int = option("width of hook_in", identity=False)
-    d_out: int = option("width of hook_out", identity=False)
-    n_body_params: int = option("parameters outside the embeddings, for cost estimates", identity=False)
+    n_layers: int = option("layers of the language model", unit="layers", identity=False)
+    d_in: int = option("width of hook_in", unit="dimensions", identity=False)
+    d_out: int = option("width of hook_out", unit="dimensions", identity=False)
+    n_body_params: int = option(
+        "parameters outside the embeddings, for cost estimates", unit="parameters", identity=False
+    )
 
     def problems(self) -> Iterator[str]:
         if Path(self.model).name != self.model:  # it names a folder in the cache
@@ -150,7 +157,7 @@ class Model:
 class Site:
     """Where the transcoder reads and what it predicts."""
 
-    layer: int = option("layer of the language model, from 0")
+    layer: int = option("layer of the language model, from 0", unit="layers")
     hook_in: str = option("what it reads: norm_out, norm_unit, resid_mid, or a full TransformerLens name")
     hook_out: str = option("what it predicts: mlp_out, or a full TransformerLens name")
 
@@ -195,11 +202,11 @@ class Data:
     dataset_subset: str | None = option("configuration of a hub dataset")
     dataset_split: str = option("split of a hub dataset")
     text_column: str = option("column that holds the text (jsonl, parquet, hub)")
-    seq_len: int = option("tokens of a row, BOS included")
-    n_tokens: int = option("training tokens in the stream; rounded up to whole blocks")
-    n_calibration_tokens: int = option("tokens on which the inference threshold is fitted")
-    n_heldout_tokens: int = option("tokens on which every reported metric is measured")
-    data_seed: int = option("seed of the order of the batches")
+    seq_len: int = option("tokens of a row, BOS included", unit="tokens")
+    n_tokens: int = option("training tokens in the stream; rounded up to whole blocks", unit="tokens")
+    n_calibration_tokens: int = option("tokens on which the inference threshold is fitted", unit="tokens")
+    n_heldout_tokens: int = option("tokens on which every reported metric is measured", unit="tokens")
+    data_seed: int = option("seed of the order of the batches", unit="1")
     activation_dtype: Literal["float32", "bfloat16"] = option("precision of activations in the stream")
 
     def problems(self) -> Iterator[str]:
@@ -232,7 +239,7 @@ class Cell:
     model: Model
     site: Site
     data: Data
-    seed: int = option("seed of the initialisation")
+    seed: int = option("seed of the initialisation", unit="1")
 
     @property
     def stream(self) -> StreamConfig:

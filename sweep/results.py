@@ -44,12 +44,16 @@ DEAD_AT_TOKENS = (1_000, 10_000, 100_000, 1_000_000)
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, type and meaning. `volatile` values differ between identical runs."""
+    """One column: its name, type, meaning and, for numbers, unit ("1" where there is none)."""
 
     name: str
     dtype: Dtype
     doc: str
     volatile: bool = False
+    """It differs between identical runs."""
+    unit: str = ""
+    better: Literal["lower", "higher"] | None = None
+    """For metrics one can rank by."""
 
 
 def _dtype(hint: Any) -> Dtype:
@@ -67,66 +71,141 @@ def _dtype(hint: Any) -> Dtype:
 CELL_ID = Column("cell_id", "string", "identity of the cell: hash of every scientific option")
 
 OPTIONS = tuple(
-    Column(name, _dtype(hint), metadata["doc"], volatile=name in ("model_path", "dataset_path"))
+    Column(name, _dtype(hint), metadata["doc"], name in ("model_path", "dataset_path"), metadata["unit"])
     for kind, name, hint, metadata in option_fields()
     if kind in (*SLICES.values(), Cell)
 )
 
 METRICS = (
-    Column("fvu", "float64", "fraction of variance unexplained: squared error over squared deviation from the mean"),
-    Column("fvu_per_dimension", "float64", "mean over output dimensions of each one's own FVU"),
-    Column("fvu_scalar_variance", "float64", "older definition with one variance over all elements; flattering"),
-    Column("mse", "float64", "mean squared error per token and output dimension, in the model's own units"),
-    Column("cosine", "float64", "mean over tokens of the cosine between prediction and target"),
-    Column("l0", "float64", "active latents per token, mean"),
-    Column("l0_median", "float64", "active latents per token, median"),
-    Column("l0_std", "float64", "active latents per token, standard deviation"),
-    Column("dead_fraction", "float64", "latents that fire on no held-out token"),
+    Column(
+        "fvu",
+        "float64",
+        "fraction of variance unexplained: squared error over squared deviation from the mean",
+        unit="1",
+        better="lower",
+    ),
+    Column(
+        "fvu_per_dimension", "float64", "mean over output dimensions of each one's own FVU", unit="1", better="lower"
+    ),
+    Column(
+        "fvu_scalar_variance",
+        "float64",
+        "older definition with one variance over all elements; flattering",
+        unit="1",
+        better="lower",
+    ),
+    Column(
+        "mse",
+        "float64",
+        "mean squared error per token and output dimension, in the model's own units",
+        unit="squared target units",
+        better="lower",
+    ),
+    Column(
+        "cosine", "float64", "mean over tokens of the cosine between prediction and target", unit="1", better="higher"
+    ),
+    Column("l0", "float64", "active latents per token, mean", unit="latents", better="lower"),
+    Column("l0_median", "float64", "active latents per token, median", unit="latents", better="lower"),
+    Column("l0_std", "float64", "active latents per token, standard deviation", unit="latents"),
+    Column("dead_fraction", "float64", "latents that fire on no held-out token", unit="1", better="lower"),
     *(
         Column(
-            f"dead_fraction_{n}_tokens", "float64", f"latents silent on the first {n:,} held-out tokens; null if fewer"
+            f"dead_fraction_{n}_tokens",
+            "float64",
+            f"latents silent on the first {n:,} held-out tokens; null if fewer",
+            unit="1",
+            better="lower",
         )
         for n in DEAD_AT_TOKENS
     ),
-    Column("dead_fraction_training", "float64", "latents dead by the training counter at the last step"),
-    Column("absorption_score", "float64", "decoder redundancy: fraction of decoder pairs with cosine above 0.9, exact"),
-    Column("n_decoder_pairs", "int64", "pairs of decoder rows compared"),
-    Column("n_similar_pairs", "int64", "pairs of decoder rows with cosine above 0.9"),
-    Column("frac_latents_with_twin", "float64", "latents with at least one other decoder row at cosine above 0.9"),
-    Column("mean_max_decoder_cosine", "float64", "mean over latents of the largest cosine with another decoder row"),
-    Column("n_evaluated_tokens", "int64", "held-out tokens the metrics are taken over"),
+    Column(
+        "dead_fraction_training",
+        "float64",
+        "latents dead by the training counter at the last step",
+        unit="1",
+        better="lower",
+    ),
+    Column(
+        "absorption_score",
+        "float64",
+        "decoder redundancy: fraction of decoder pairs with cosine above 0.9, exact",
+        unit="1",
+        better="lower",
+    ),
+    Column("n_decoder_pairs", "int64", "pairs of decoder rows compared", unit="pairs"),
+    Column("n_similar_pairs", "int64", "pairs of decoder rows with cosine above 0.9", unit="pairs", better="lower"),
+    Column(
+        "frac_latents_with_twin",
+        "float64",
+        "latents with at least one other decoder row at cosine above 0.9",
+        unit="1",
+        better="lower",
+    ),
+    Column(
+        "mean_max_decoder_cosine",
+        "float64",
+        "mean over latents of the largest cosine with another decoder row",
+        unit="1",
+        better="lower",
+    ),
+    Column("n_evaluated_tokens", "int64", "held-out tokens the metrics are taken over", unit="tokens"),
 )
 
 RUNS = (
     CELL_ID,
     Column("kind", "string", "cell, or baseline"),
     Column("status", "string", "done"),
-    Column("schema_version", "int64", "version of the identity and of this schema"),
+    Column("schema_version", "int64", "version of the identity and of this schema", unit="1"),
     *OPTIONS,
     *METRICS,
     Column("baseline", "string", "which published transcoder a baseline is; null for cells"),
     Column("baseline_hash", "string", "sha256 of its weights"),
-    Column("baseline_l0", "float64", "the L0 its authors measured"),
+    Column("baseline_l0", "float64", "the L0 its authors measured", unit="latents"),
     Column("baseline_model", "string", "the language model it was trained on"),
     Column("remarks", "string", "what looks wrong about a baseline, such as an L0 far from its authors'"),
-    Column("final_loss", "float64", "training loss of the last step"),
-    Column("threshold", "float64", "fitted inference threshold, in units of the latents; null for top_k"),
-    Column("source_scale", "float64", "factor that gave sources unit mean square in training; folded into the weights"),
-    Column("target_scale", "float64", "factor that gave targets unit mean square in training; folded into the weights"),
+    Column("final_loss", "float64", "training loss of the last step", unit="1"),
+    Column(
+        "threshold",
+        "float64",
+        "fitted inference threshold, in units of the latents; null for top_k",
+        unit="target units",
+    ),
+    Column(
+        "source_scale",
+        "float64",
+        "factor that gave sources unit mean square in training; folded into the weights",
+        unit="1 / source units",
+    ),
+    Column(
+        "target_scale",
+        "float64",
+        "factor that gave targets unit mean square in training; folded into the weights",
+        unit="1 / target units",
+    ),
     Column("tokens_hash", "string", "sha256 of the token file"),
     Column("heldout_hash", "string", "sha256 of its held-out rows"),
     Column("model_hash", "string", "sha256 of the language model's weights"),
     Column("config", "string", "the whole cell as JSON"),
-    Column("n_language_model_tokens", "int64", "tokens that went through the language model for the whole gang", True),
-    Column("gang_size", "int64", "cells that trained on the same pass", True),
-    Column("attempts", "int64", "runs it took to finish the cell", True),
-    Column("seconds", "float64", "wall time of the last attempt, shared by the gang", True),
     Column(
-        "training_tokens_per_second", "float64", "training tokens of the gang's pace, language model included", True
+        "n_language_model_tokens",
+        "int64",
+        "tokens that went through the language model for the whole gang",
+        True,
+        unit="tokens",
+    ),
+    Column("gang_size", "int64", "cells that trained on the same pass", True, unit="cells"),
+    Column("attempts", "int64", "runs it took to finish the cell", True, unit="runs"),
+    Column("seconds", "float64", "wall time of the last attempt, shared by the gang", True, unit="seconds"),
+    Column(
+        "training_tokens_per_second",
+        "float64",
+        "training tokens of the gang's pace, language model included",
+        True,
+        unit="tokens / second",
     ),
     Column("host", "string", "machine", True),
     Column("device", "string", "device it trained on", True),
-    Column("n_threads", "int64", "CPU threads of torch", True),
+    Column("n_threads", "int64", "CPU threads of torch", True, unit="threads"),
     Column("versions", "string", "versions of Python and the main packages, as JSON", True),
     Column("git_sha", "string", "commit of the code, empty outside a checkout", True),
     Column("git_dirty", "bool", "the checkout had uncommitted changes", True),
@@ -135,33 +214,38 @@ RUNS = (
 
 CURVES = (
     CELL_ID,
-    Column("step", "int64", "training step, from 0"),
+    Column("step", "int64", "training step, from 0", unit="steps"),
     Column("metric", "string", "loss, loss_<prefix>, aux_loss, l0, n_dead, lr"),
-    Column("value", "float64", "its value in that step"),
+    Column("value", "float64", "its value in that step", unit="that of its metric"),
 )
 
 LATENTS = (
     CELL_ID,
-    Column("latent", "int64", "index of the latent"),
-    Column("group", "int64", "innermost nested prefix that holds it, from 0"),
-    Column("density", "float64", "fraction of held-out tokens on which it fires"),
-    Column("mean_activation", "float64", "mean value where it fires; null if it never does"),
-    Column("max_activation", "float64", "largest value; null if it never fires"),
-    Column("encoder_norm", "float64", "Euclidean norm of its encoder column"),
-    Column("decoder_norm", "float64", "Euclidean norm of its decoder row"),
-    Column("nearest_latent", "int64", "latent with the most similar decoder row"),
-    Column("nearest_cosine", "float64", "cosine of the two decoder rows"),
-    Column("batches_since_fired", "int64", "training batches since it last fired"),
+    Column("latent", "int64", "index of the latent", unit="1"),
+    Column("group", "int64", "innermost nested prefix that holds it, from 0", unit="1"),
+    Column("density", "float64", "fraction of held-out tokens on which it fires", unit="1"),
+    Column("mean_activation", "float64", "mean value where it fires; null if it never does", unit="target units"),
+    Column("max_activation", "float64", "largest value; null if it never fires", unit="target units"),
+    Column("encoder_norm", "float64", "Euclidean norm of its encoder column", unit="target units / source units"),
+    Column("decoder_norm", "float64", "Euclidean norm of its decoder row", unit="1"),
+    Column("nearest_latent", "int64", "latent with the most similar decoder row", unit="1"),
+    Column("nearest_cosine", "float64", "cosine of the two decoder rows", unit="1"),
+    Column("batches_since_fired", "int64", "training batches since it last fired", unit="batches"),
 )
 
 SEQUENCES = (
     CELL_ID,
-    Column("sequence", "int64", "held-out row"),
-    Column("n_tokens", "int64", "tokens of the row that count"),
-    Column("sum_squared_error", "float64", "summed over tokens and output dimensions"),
-    Column("sum_squared_deviation", "float64", "of the targets from their mean over all held-out tokens"),
-    Column("sum_l0", "float64", "active latents, summed over tokens"),
-    Column("sum_cosine", "float64", "cosine of prediction and target, summed over tokens"),
+    Column("sequence", "int64", "held-out row", unit="1"),
+    Column("n_tokens", "int64", "tokens of the row that count", unit="tokens"),
+    Column("sum_squared_error", "float64", "summed over tokens and output dimensions", unit="squared target units"),
+    Column(
+        "sum_squared_deviation",
+        "float64",
+        "of the targets from their mean over all held-out tokens",
+        unit="squared target units",
+    ),
+    Column("sum_l0", "float64", "active latents, summed over tokens", unit="latents"),
+    Column("sum_cosine", "float64", "cosine of prediction and target, summed over tokens", unit="1"),
 )
 
 TABLES: dict[str, tuple[Column, ...]] = {

@@ -17,6 +17,12 @@ def test_every_column_has_a_meaning_and_a_unique_name() -> None:
         assert all(len(column.doc) > 3 for column in columns)
 
 
+def test_every_number_has_a_unit_and_nothing_else_has_one() -> None:
+    for columns in TABLES.values():
+        for column in columns:
+            assert bool(column.unit) == ("int" in column.dtype or "float" in column.dtype), column.name
+
+
 def test_option_columns_are_the_options_of_a_cell() -> None:
     assert [column.name for column in OPTIONS] == list(make_cell().flat())
 
