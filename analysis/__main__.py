@@ -30,19 +30,22 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on stdout, full precisio
 def rank_command(
     results: Annotated[Path, typer.Argument(help="The results_dir of a sweep.")] = Path("results"),
     where: Annotated[str | None, typer.Option(help="Only runs that satisfy this SQL condition.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Show the best N runs of each group.")] = None,
+    by: Annotated[str, typer.Option(help="The metric that orders the rows.")] = "fvu",
+    top: Annotated[int | None, typer.Option(min=1, help="Show the best N rows of each group.")] = None,
     json: AsJson = False,
     csv: AsCsv = False,
 ) -> None:
     """Cells of the same model, layer, target and held-out rows, best FVU first.
 
-    A * marks the Pareto front of L0 and FVU among the runs chosen. Published baselines of the same model,
-    layer and target stand in the same table.
+    Seeds of a cell are one row: the mean, and its 95% interval. A * marks the Pareto front of L0 and FVU among
+    the runs chosen, a = what the seeds do not tell from the first. Published baselines of the same model, layer
+    and target stand in the same table. What was left out is named.
 
     \b
     Examples:
       python -m analysis rank results
       python -m analysis rank results --where "dict_size = 4608 and lr < 0.01" --top 5
+      python -m analysis rank results --by fvu_per_dimension --where "dead_fraction < 0.1"
       python -m analysis rank results --json | jq '.[] | select(.pareto) | .cell_id'
     """
     with refusals():
@@ -54,10 +57,15 @@ def rank_command(
 
         loaded = load_table(results, "runs")
         remark(loaded.warnings)
-        runs = loaded.frame if where is None else query.where(loaded.frame, where)
-        groups = rank(runs.collect())
+        everything = loaded.frame.collect()
+        runs = everything if where is None else query.where(everything.lazy(), where).collect()
+        groups = rank(runs, by)
         if not groups:
             remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
+        elif n_dropped := everything.height - runs.height:
+            remark([f"left out {n_dropped} of {everything.height} runs: they do not satisfy {where}"])
+        if json or csv:
+            remark(f"left out {cell_id}: {reason}" for group in groups for cell_id, reason in group.left_out)
         found = records(groups, top)
         if json:
             show.write(show.as_json(found))

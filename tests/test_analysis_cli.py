@@ -120,6 +120,25 @@ def test_rank_where_and_top_choose_runs(results: Path):
     assert "no run satisfies dict_size = 1" in none.stderr
 
 
+def test_rank_says_how_many_runs_a_condition_left_out(results: Path):
+    result = run("rank", results, "--where", "dict_size = 64")
+    assert result.stderr == "left out 2 of 4 runs: they do not satisfy dict_size = 64\n"
+    assert "2 runs" in result.stdout
+
+
+def test_rank_by_a_column_that_is_no_metric_names_those_that_are(results: Path):
+    result = run("rank", results, "--by", "lr")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "choose one of fvu" in result.stderr
+
+
+def test_rank_json_names_what_it_does_not_rank_on_stderr(results: Path):
+    write_cell(results, "odd", options={"lr": 0.5}, fvu=None)
+    result = run("rank", results, "--json")
+    assert len(json.loads(result.stdout)) == 4
+    assert result.stderr == "left out odd: its fvu is missing\n"
+
+
 @pytest.mark.parametrize("condition", ["width = 64", "dict_size =", "dict_size", "fvu = 'low'", "fvu < 1; drop"])
 def test_rank_with_a_bad_condition_names_the_columns(results: Path, condition: str):
     result = run("rank", results, "--where", condition)
