@@ -1,4 +1,4 @@
-"""The command line of the analysis: `python -m analysis rank|query|schema`. Heavy imports wait for a command."""
+"""The command line of the analysis, `python -m analysis --help`. Heavy imports wait for a command."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from analysis.tables import Loaded
 
 app = typer.Typer(
-    help="Rank and query the results of sweeps. Reads Parquet only; data goes to stdout, remarks to stderr.",
+    help="Rank, compare and query the results of sweeps. Reads Parquet only; data goes to stdout, remarks to stderr.",
     epilog="Exit codes: 0 done (also for a folder without results yet), 2 a request that cannot be answered.",
     no_args_is_help=True,
     add_completion=False,
@@ -73,6 +73,50 @@ def rank_command(
             show.write(show.as_csv(FIELDS, (list(record.values()) for record in found)))
         else:
             show.write(rank_text(group, top) for group in groups)
+
+
+@app.command(name="effects")
+def effects_command(
+    results: Annotated[Path, typer.Argument(help="The results_dir of a sweep.")] = Path("results"),
+    where: Annotated[str | None, typer.Option(help="Only runs that satisfy this SQL condition.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Metrics shown in the terminal, with commas.")] = None,
+    json: AsJson = False,
+    csv: AsCsv = False,
+) -> None:
+    """What each swept option did to each metric, over runs that are equal in everything else.
+
+    Options A, B and C (presets capacity, schedule and revival, from base or tuned to improved) are recognised by
+    their values, however they were typed. --json and --csv have every metric.
+
+    \b
+    Examples:
+      python -m analysis effects results
+      python -m analysis effects results --where "seed < 2" --metrics fvu,l0
+      python -m analysis effects results --json | jq '.[] | select(.metric == "fvu")'
+    """
+    with refusals():
+        one_format(json, csv)
+        from dataclasses import asdict
+
+        from analysis import query, show
+        from analysis.effects import FIELDS, effects
+        from analysis.effects_table import SHOWN, effects_text
+        from analysis.tables import load_table
+
+        shown = metrics_named(metrics) if metrics else SHOWN
+        loaded = load_table(results, "runs")
+        remark(loaded.warnings)
+        runs = loaded.frame if where is None else query.where(loaded.frame, where)
+        groups = effects(runs.collect())
+        if not groups:
+            remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
+        found = [{**group.key, **asdict(effect)} for group in groups for effect in group.effects]
+        if json:
+            show.write(show.as_json(found))
+        elif csv:
+            show.write(show.as_csv(FIELDS, ([record[name] for name in FIELDS] for record in found)))
+        else:
+            show.write(effects_text(group, shown) for group in groups)
 
 
 @app.command(name="query")
@@ -173,6 +217,17 @@ def refusals() -> Iterator[None]:
 def one_format(json: bool, csv: bool) -> None:
     if json and csv:
         raise typer.BadParameter("choose --json or --csv, not both")
+
+
+def metrics_named(words: str) -> list[str]:
+    """Names of metrics, separated by commas."""
+    from sweep.errors import ConfigError
+    from sweep.results import METRICS
+
+    names, known = words.split(","), [column.name for column in METRICS]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--metrics {unknown[0]}: no such metric; choose from {', '.join(known)}")
+    return names
 
 
 def folder_and_sql(words: list[str]) -> tuple[Path, str]:

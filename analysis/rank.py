@@ -25,7 +25,21 @@ from sweep.errors import ConfigError
 from sweep.options import option_fields
 from sweep.results import METRICS
 
-__all__ = ["FIELDS", "KEY", "Group", "pareto_front", "rank", "records"]
+__all__ = [
+    "FIELDS",
+    "KEY",
+    "METRIC_NAMES",
+    "OPTIONS",
+    "RELATIVE_TO",
+    "Group",
+    "as_list",
+    "common_fraction",
+    "compact",
+    "number",
+    "pareto_front",
+    "rank",
+    "records",
+]
 
 KEY = ("model", "layer", "hook_out", "heldout_hash", "model_hash", "model_dtype", "activation_dtype")
 """Runs that agree on these were measured on the same vectors, so their FVUs compare."""
@@ -193,14 +207,14 @@ def _same_and_varying(rows: list[Row]) -> tuple[dict[str, str], list[str]]:
         if all(row[name] == rows[0][name] for row in rows):
             if name in OPTIONS and rows[0][name] not in (None, ""):
                 same[name] = compact(rows[0][name])
-        elif fraction := _common_fraction(name, rows):
+        elif fraction := common_fraction(name, rows):
             same[name] = fraction
         else:
             varying.append(name)
     return same, varying
 
 
-def _common_fraction(name: str, rows: list[Row]) -> str | None:
+def common_fraction(name: str, rows: list[Row]) -> str | None:
     """`0.125,0.25,1*dict_size` where that gives the value of every row, whole numbers by rounding."""
     base = RELATIVE_TO.get(name)
     if base is None or any(not row[base] or row[name] is None for row in rows):

@@ -1,0 +1,197 @@
+"""What each swept option did, the others held fixed.
+
+1. Runs are grouped as in a ranking: only FVUs of the same rows and weights are subtracted.
+2. Two runs are a pair if they differ in one option, seeds equal too. Values that follow another option (groups follow
+   dict_size, warmup_steps follows steps, min_lr follows lr) count as equal if they are the same fraction of it.
+3. The change of a metric is the mean over pairs, with Student's 95% interval.
+4. Options A, B and C change several values at once: a run has a preset of conf/ if its values are those that the
+   preset would give it, whatever was typed.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from omegaconf import OmegaConf
+
+from analysis.rank import KEY, METRIC_NAMES, OPTIONS, RELATIVE_TO, Row, as_list, common_fraction, compact, number
+from analysis.spread import interval_of_mean
+from sweep.config import frozen
+from sweep.options import ABSOLUTE, Relative, absolute
+
+__all__ = ["FIELDS", "Effect", "Effects", "effects", "has_preset", "preset"]
+
+CONF = Path(__file__).parents[1] / "conf"
+
+IMPROVEMENTS = {"A": "capacity", "B": "schedule", "C": "revival"}
+"""The letters under which presets `improved` of these groups are known."""
+
+FROM = ("base", "tuned")
+"""What an improvement is measured from."""
+
+FIELDS = (
+    *(*KEY, "option", "from_value", "to_value", "metric"),
+    *("n_pairs", "change", "low", "high", "mean_from", "mean_to"),
+)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The mean change of one metric as one option goes from one value to another, in runs equal otherwise."""
+
+    option: str
+    from_value: str
+    to_value: str
+    metric: str
+    n_pairs: int
+    change: float
+    low: float | None
+    """95% interval of the change; null for a single pair."""
+    high: float | None
+    mean_from: float
+    mean_to: float
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The effects of one group; `key` is that of a ranking."""
+
+    key: Row
+    effects: list[Effect]
+    unmatched: list[str]
+    """Options that vary, but never alone: nothing can be said of them."""
+
+
+Pair = tuple[Row, Row]
+
+
+def effects(runs: pl.DataFrame) -> list[Effects]:
+    """The effects of every option that varies in the table `runs`, by group."""
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in runs.filter(pl.col("kind") == "cell", pl.col("status") == "done").to_dicts():
+        found[tuple(row[name] for name in KEY)].append(row)
+    keys = sorted(found, key=lambda key: (str(key[0]), number(key[1]), *map(str, key[2:])))
+    return [_group(dict(zip(KEY, key, strict=True)), found[key]) for key in keys]
+
+
+def _group(key: Row, rows: list[Row]) -> Effects:
+    found: list[Effect] = []
+    unmatched: list[str] = []
+    for letter, group in IMPROVEMENTS.items():
+        for origin in FROM:
+            if pairs := _improvement_pairs(rows, group, origin):
+                found += _changes(f"{letter} {group}", origin, "improved", pairs)
+    for name in OPTIONS:
+        levels: dict[str, list[Row]] = defaultdict(list)
+        for row in sorted(rows, key=lambda row: _order(row[name])):
+            levels[_level(row, name)].append(row)
+        (first, here), *others = levels.items()
+        changes = [_changes(name, first, value, _pairs(here, there, {name})) for value, there in others]
+        found += itertools.chain.from_iterable(changes)
+        if others and not any(changes):
+            unmatched.append(name)
+    return Effects(key, found, unmatched)
+
+
+def _improvement_pairs(rows: list[Row], group: str, origin: str) -> list[Pair]:
+    """Runs with the preset `origin` of a group of presets, each with its like that has `improved`."""
+    try:
+        before, after = preset(group, origin), preset(group, "improved")
+    except FileNotFoundError:  # not every group has a tuned preset
+        return []
+    here, there = ([row for row in rows if has_preset(row, values)] for values in (before, after))
+    return _pairs(here, there, {*_resolved(before), *_resolved(after)})
+
+
+def _pairs(here: list[Row], there: list[Row], changed: Collection[str]) -> list[Pair]:
+    """Pairs that are equal in all options but those `changed`, in seed and in text."""
+    followers = [name for name in RELATIVE_TO if name not in changed]
+    fixed = [name for name in OPTIONS if name not in changed and name not in followers]
+
+    def follows(name: str, a: Row, b: Row) -> bool:
+        if name == "min_lr" and "decay" in changed and "constant" in (a["decay"], b["decay"]):
+            return True  # a constant rate has no other
+        return bool(a[name] == b[name] or common_fraction(name, [a, b]))
+
+    def equal(row: Row) -> tuple[Any, ...]:
+        return tuple(frozen(row[name]) for name in (*fixed, "seed", "tokens_hash", "schema_version"))
+
+    alike: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in there:
+        alike[equal(row)].append(row)
+    return [(a, b) for a in here for b in alike[equal(a)] if all(follows(name, a, b) for name in followers)]
+
+
+def _changes(option: str, from_value: str, to_value: str, pairs: Sequence[Pair]) -> list[Effect]:
+    """The mean change of each metric that both runs of a pair have."""
+    found = []
+    for metric in METRIC_NAMES:
+        values = [(a[metric], b[metric]) for a, b in pairs]
+        known = [(a, b) for a, b in values if math.isfinite(number(a)) and math.isfinite(number(b))]
+        if not known:
+            continue
+        differences = [b - a for a, b in known]
+        low, high = interval_of_mean(differences) or (None, None)
+        change, mean_from, mean_to = (math.fsum(part) / len(known) for part in (differences, *zip(*known, strict=True)))
+        found.append(Effect(option, from_value, to_value, metric, len(known), change, low, high, mean_from, mean_to))
+    return found
+
+
+def _level(row: Row, name: str) -> str:
+    """The value of an option as text; of one that follows another, its fraction of that to two digits."""
+    base = RELATIVE_TO.get(name)
+    if base is None or not row[base] or row[name] is None:
+        return compact(row[name])
+    return f"{','.join(f'{value / row[base]:.2g}' for value in as_list(row[name]))}*{base}"
+
+
+def _order(value: Any) -> tuple[bool, bool, Any]:
+    """Missing values first, then by size or alphabet."""
+    return (value is not None, isinstance(value, str), frozen(value) if value is not None else 0)
+
+
+@cache
+def preset(group: str, name: str) -> Mapping[str, Any]:
+    """The options that a preset of conf/ sets, those of the presets it builds on included.
+
+    Raises:
+        FileNotFoundError: there is no such preset.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    values: dict[str, Any] = {}
+    for below in content.pop("defaults", []):
+        if below != "_self_":
+            values |= preset(group, below)
+    return {**values, **content}
+
+
+def has_preset(row: Row, values: Mapping[str, Any]) -> bool:
+    """Whether a run has the values that the options of a preset would have given it."""
+    wanted = {**row, **values}
+    relative = {name: wanted.get(name, 0.0) for name in ABSOLUTE.values()}
+    for name, fraction in ABSOLUTE.items():
+        if fraction in values and name not in values:
+            wanted[name] = None
+    absolute(wanted, Relative(**{**relative, "group_fractions": frozen(wanted.get("group_fractions", []))}))
+    return all(_close(row[name], wanted[name]) for name in _resolved(values))
+
+
+def _resolved(values: Mapping[str, Any]) -> set[str]:
+    """The options of a cell that a preset decides: an absolute one for each relative one."""
+    followers = {fraction: name for name, fraction in ABSOLUTE.items()}
+    return {followers.get(name, name) for name in values}
+
+
+def _close(value: Any, wanted: Any) -> bool:
+    """Equal, up to the last digits of a float."""
+    if isinstance(value, list | tuple):
+        return len(value) == len(wanted) and all(map(_close, value, wanted))
+    if isinstance(value, float):
+        return math.isclose(value, wanted, rel_tol=1e-9)
+    return bool(value == wanted)
