@@ -1,0 +1,58 @@
+"""Activations for benchmarks: the framework's own stream, from the options a user would type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from sweep.activations import ActivationStream
+from sweep.blocks import HarvestedBlocks, with_cache
+from sweep.config import Cell
+from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.launch.register import register
+from sweep.options import cell_from_options
+from sweep.paths import CacheFolder
+from sweep.progress import Report, silent
+from sweep.revisions import weights_hash
+from sweep.tokens import prepare_tokens
+
+__all__ = ["Prepared", "cell_of", "prepare"]
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def cell_of(overrides: Sequence[str]) -> Cell:
+    """The cell that `python sweep_runner.py OVERRIDES` would train."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        options: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return cell_from_options(options)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stream, and the blocks behind it, which load the language model when it is asked for."""
+
+    stream: ActivationStream
+    harvested: HarvestedBlocks
+
+
+def prepare(cells: Sequence[Cell], cache: Path, *, cached: bool = True, report: Report = silent) -> Prepared:
+    """One stream for the sites of all cells, which share model and data; on the CPU."""
+    config, sites = cells[0].stream, list(dict.fromkeys(cell.site for cell in cells))
+    folder = ensure_model_folder(config.model, CacheFolder(cache), report)
+    tokens = prepare_tokens(config.data, config.model, load_tokenizer(folder), CacheFolder(cache), report)
+
+    def load() -> LanguageModel:
+        return load_language_model(config.model, folder, "cpu", getattr(torch, config.data.activation_dtype))
+
+    harvested = HarvestedBlocks(tokens, load, report)
+    gib = 64.0 if cached else 0.0
+    blocks = with_cache(harvested, config, sites, weights_hash(folder), "cpu", CacheFolder(cache), gib)
+    return Prepared(ActivationStream(config, blocks, sites), harvested)
