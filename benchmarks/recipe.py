@@ -25,15 +25,16 @@ from torch import Tensor
 
 from benchmarks.embedded import Prepared, cell_of, prepare
 from sweep.activations import ActivationStream
-from sweep.config import Cell
+from sweep.config import Capacity, Cell, Revival
 from sweep.evaluate import evaluate
 from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.paths import write_json
-from sweep.schedule import learning_rate
 from sweep.state import TrainState
-from sweep.step import reference
-from sweep.step.update import normalise_rows_, update_
+from sweep.step import sparse
+from sweep.step.loss import Loss
+from sweep.step.step import Learn, train_step_
+from sweep.step.update import normalise_rows_
 from sweep.transcoder import Parameters, Transcoder
 
 RATES = (3e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2)
@@ -53,7 +54,7 @@ class Recipe:
 
     options: tuple[str, ...]
     start: Callable[[Tensor, Tensor, Cell], TrainState]
-    update_: Callable[[TrainState, Parameters, float, tuple[float, ...]], None]
+    learn_: Learn
 
 
 def from_data(source: Tensor, target: Tensor, cell: Cell) -> TrainState:
@@ -77,6 +78,30 @@ def from_tied(source: Tensor, target: Tensor, cell: Cell) -> TrainState:
     normalise_rows_(params.W_dec)
     params.W_enc = params.W_dec.T.contiguous()
     return TrainState.initial(params, state.source_scale, state.target_scale)
+
+
+Update = Callable[[TrainState, Parameters, float, tuple[float, ...]], None]
+
+
+def learning_by(update_: Update) -> Learn:
+    """A step with our gradients, which are exact, and another update."""
+
+    def learn_(
+        state: TrainState,
+        source: Tensor,
+        target: Tensor,
+        capacity: Capacity,
+        revival: Revival,
+        dead: Tensor,
+        lr: float,
+        betas: tuple[float, ...],
+    ) -> Loss:
+        found = sparse.gradients(state.params, source, target, capacity, revival, dead, state.threshold)
+        loss, gradients, state.threshold = found
+        update_(state, gradients.parameters(), lr, betas)
+        return loss
+
+    return learn_
 
 
 def adam_free_(state: TrainState, gradients: Parameters, lr: float, betas: tuple[float, ...]) -> None:
@@ -107,12 +132,12 @@ BUSSMANN = (
 )
 
 RECIPES = {
-    "ours": Recipe((), from_data, update_),
-    "ours, not nested": Recipe(("group_fractions=[1.0]",), from_data, update_),
-    "sparsify, Adam": Recipe(SPARSIFY, from_zero_decoder, adam_free_),
-    "sparsify, signum": Recipe(SPARSIFY, from_zero_decoder, signum_),
-    "batch top-k": Recipe((*BUSSMANN, "group_fractions=[1.0]"), from_tied, update_),
-    "Matryoshka batch top-k": Recipe(BUSSMANN, from_tied, update_),
+    "ours": Recipe((), from_data, sparse.learn_),
+    "ours, not nested": Recipe(("group_fractions=[1.0]",), from_data, sparse.learn_),
+    "sparsify, Adam": Recipe(SPARSIFY, from_zero_decoder, learning_by(adam_free_)),
+    "sparsify, signum": Recipe(SPARSIFY, from_zero_decoder, learning_by(signum_)),
+    "batch top-k": Recipe((*BUSSMANN, "group_fractions=[1.0]"), from_tied, sparse.learn_),
+    "Matryoshka batch top-k": Recipe(BUSSMANN, from_tied, sparse.learn_),
 }
 """By the names rows carry. batch top-k: dictionary_learning; Matryoshka batch top-k: matryoshka_sae."""
 
@@ -175,16 +200,10 @@ def train(recipe: Recipe, cell: Cell, stream: ActivationStream) -> TrainState:
     """The state after the last step, or after the first one that is not finite."""
     window = stream.first_window()[cell.site]
     state = recipe.start(window.source.float(), window.target.float(), cell)
-    for step, batch in stream.batches(0, cell.schedule.steps):
-        source = batch[cell.site].source.float() * state.source_scale
-        target = batch[cell.site].target.float() * state.target_scale
-        dead = (state.batches_since_fired >= cell.revival.n_batches_to_dead).nonzero().flatten()
-        loss, gradients = reference.gradients(state.params, source, target, cell.capacity, cell.revival, dead)
-        recipe.update_(state, gradients, learning_rate(step, cell.schedule), cell.schedule.betas)
-        state.batches_since_fired += 1
-        state.batches_since_fired[(loss.latents > 0).any(dim=0)] = 0
-        state.step += 1
-        if not math.isfinite(float(loss.total)):
+    for _, batch in stream.batches(0, cell.schedule.steps):
+        slices = (cell.capacity, cell.schedule, cell.revival)
+        report = train_step_(state, *batch[cell.site], *slices, learn_=recipe.learn_)
+        if not math.isfinite(float(report.loss.total)):
             state.params.b_dec.fill_(math.nan)
             return state
     return state
