@@ -1,0 +1,161 @@
+"""Break sweeps on purpose and hold what is left against sweeps that were left alone.
+
+    python -m tests.faults kill --n 200
+
+Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
+"""
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import typer
+from gangs import make_workflow, run_cells, same_bytes
+from sweeps import Ended, Sweeper, sweep_command
+
+from sweep.config import Cell, cell_from_json
+from sweep.paths import CacheFolder, ResultsFolder
+from sweep.results import seal_holds
+from sweep.transcoder import load_transcoder
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+STREAM = ("model=tiny", "data=file", "seq_len=32", "n_tokens=2048", "n_calibration_tokens=512", "n_heldout_tokens=512")
+TRAINING = (
+    "batch_size=64",
+    "top_k=4",
+    "top_k_aux=16",
+    "n_batches_to_dead=5",
+    "steps=24",
+    "dict_size=64",
+    "checkpoint_steps=5",
+)
+SEEDS = (0, 1, 2)
+GANGS = (SEEDS, (1,), (2, 0))
+"""The whole grid first; the others are gangs of some of its cells."""
+
+
+@dataclass
+class Bench:
+    """A folder to break things in, the text of its sweeps, and the sweep that nothing was done to."""
+
+    root: Path
+    sweeper: Sweeper
+    reference: ResultsFolder
+    seconds: float
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.reference)
+
+    def run(self, folder: Path, grid: Sequence[int] = SEEDS, *, command: bool = True, **how: Any) -> Ended:
+        """Run the cells of these seeds: by the command, or only their job."""
+        if command:
+            return run_command(self.sweeper, self.root, folder, grid, **how)
+        cells = [cell for seed in grid for cell in self.cells if cell.seed == seed]
+        return self.sweeper(partial(run_job, cells, self.root, folder), self.root / f"{folder.name}.printed", **how)
+
+
+def run_command(sweeper: Sweeper, root: Path, folder: Path, grid: Sequence[int], **how: Any) -> Ended:
+    seeds = ",".join(map(str, grid))
+    where = (f"dataset_path={root / 'text.txt'}", f"results_dir={folder}", "keep_checkpoints=true")
+    arguments = ["-m", "hydra/launcher=inline", *STREAM, *TRAINING, f"seed={seeds}", *where]
+    return sweeper(partial(sweep_command, arguments), root / f"{folder.name}.printed", **how)
+
+
+def run_job(cells: list[Cell], root: Path, folder: Path) -> None:
+    """What the process of a job does, on models and tokens that are there already."""
+    cache = CacheFolder(root / "reference" / "cache")
+    run_cells(cells, make_workflow(folder, cache, checkpoint_steps=5, cache_gib=0.0))
+
+
+@contextmanager
+def bench(root: Path | None = None) -> Iterator[Bench]:
+    """A bench in a scratch folder, which stays when something went wrong."""
+    root = root or Path(tempfile.mkdtemp(prefix="faults."))
+    write_text(root / "text.txt")
+    sweeper = Sweeper()
+    start = time.monotonic()
+    ended = run_command(sweeper, root, root / "reference", SEEDS)
+    assert ended.code == 0, ended.printed
+    yield Bench(root, sweeper, ResultsFolder(root / "reference"), time.monotonic() - start)
+    shutil.rmtree(root)
+
+
+def write_text(path: Path, n_words: int = 60_000) -> None:
+    """Documents of made-up words, the same every time."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2_000)]
+    lines = [" ".join(draw.choices(words, k=60)) for _ in range(n_words // 60)]
+    path.write_text("\n\n".join(lines))
+
+
+def cells_of(results: ResultsFolder) -> list[Cell]:
+    return [cell_from_json(path.read_text()) for path in sorted(results.root.glob("cells/*/config.json"))]
+
+
+def check_visible(found: Path, reference: ResultsFolder) -> int:
+    """Assert that all there is under its final name is whole, and that finished cells are the reference's. How many."""
+    results = ResultsFolder(found)
+    for table in ("curves", "latents", "sequences", "runs"):
+        for path in results.table(table).glob("[!.]*"):
+            assert seal_holds(path.read_bytes()) is True, path
+    for path in found.glob("cells/*/transcoder/config.json"):
+        load_transcoder(path.parent)
+    done = [cell for cell in cells_of(reference) if results.row("runs", cell.cell_id).exists()]
+    for cell in done:
+        same_bytes(reference, results, cell)
+    return len(done)
+
+
+@app.callback()
+def main() -> None:
+    """One command for each kind of fault."""
+
+
+@app.command()
+def kill(n: int = 200, seed: int = 0) -> None:
+    """SIGKILL at random moments of the whole life of a sweep; the same command, or one of other gangs, until done."""
+    with bench() as each:
+        typer.echo(f"unbroken: {len(each.cells)} cells in {each.seconds:.1f} s")
+        places = kill_at_random(each, n, seed)
+        typer.echo(f"{n} kills, all cells byte-identical; killed in: {places.most_common()}")
+
+
+def kill_at_random(each: Bench, n: int, seed: int, *, command: bool = True) -> "Counter[str]":
+    """Where the kills hit. Every sweep is killed until it has survived, then held against the reference."""
+    draw = random.Random(seed)
+    places: Counter[str] = Counter()
+    life = each.seconds if command else each.run(each.root / "life", command=False).seconds
+    sweep = 0
+    while places.total() < n:
+        sweep += 1
+        folder = each.root / f"sweep_{sweep}"
+        while True:
+            grid = draw.choice(GANGS) if places.total() < n else SEEDS
+            after = draw.uniform(0, life) if places.total() < n else None
+            ended = each.run(folder, grid, command=command, kill_after=after)
+            assert ended.code in (0, -9), ended.printed
+            n_done = check_visible(folder, each.reference)
+            if ended.code == -9:
+                places[ended.place] += 1
+            elif grid == SEEDS:
+                break
+        assert n_done == len(each.cells)
+        shutil.rmtree(folder)
+    return places
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,132 @@
+"""Sweeps in forked processes: everything is imported once, so a run costs a second and can be killed anywhere.
+
+The child does what `python sweep_runner.py <arguments>` does after its imports, or only what a job does. A fork server
+does the forking, because the process of a test has threads.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PLACES", "Ended", "Sweeper", "sweep_command"]
+
+ROOT = Path(__file__).parents[1]
+PRELOAD = [
+    "sweep_runner", "sweep.job", "sweep.launch.launch", "sweeps", "transformers.models.gemma2.modeling_gemma2",
+    "transformer_lens.model_bridge", "transformer_lens.model_bridge.bridge", "rich.table", "rich.progress",
+]  # fmt: skip
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "step": ("sweep.train.train_step_",),
+    "save": ("sweep.checkpoint.save",),
+    "harvest": ("sweep.language_model.LanguageModel.harvest",),
+    "prepare": ("sweep.job.prepare",),
+    "finish": ("sweep.job.finish",),
+    "evaluation": ("sweep.job.evaluate",),
+    "commit": ("sweep.job.commit",),
+    "rename": ("os.replace", "os.rename"),
+}
+"""The parts of a run's life, and the functions that are them. Inner ones win: a rename in a save counts as a rename."""
+
+
+@dataclass
+class Ended:
+    """How a run ended: its exit code, negative for a signal, where it was, and what it printed."""
+
+    code: int
+    place: str
+    seconds: float
+    printed: str = field(repr=False)
+
+
+class Sweeper:
+    """Runs sweeps in forks of a process that has imported everything."""
+
+    def __init__(self) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        tests = str(Path(__file__).parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def __call__(
+        self,
+        work: Callable[[], None],
+        printed: Path,
+        kill_after: float | None = None,
+        before: Callable[[], None] | None = None,
+        timeout: float = 300,
+    ) -> Ended:
+        """Do the work; kill it after so many seconds; `before` is called first, in its process."""
+        place: Synchronized[int] = self._context.Value("b", -1)
+        ready = self._context.Event()
+        process = self._context.Process(target=child, args=(work, printed, before, place, ready))
+        process.start()
+        ready.wait(timeout)
+        start = time.monotonic()
+        process.join(timeout if kill_after is None else kill_after)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        seconds = time.monotonic() - start
+        assert process.exitcode is not None
+        names = [*PLACES, "between"]
+        return Ended(process.exitcode, names[place.value], seconds, printed.read_text() if printed.exists() else "")
+
+
+def child(work: Callable[[], None], printed: Path, before: Callable[[], None] | None, place: Any, ready: Any) -> None:
+    """What the forked process does."""
+    with printed.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    mark_places(place)
+    if before is not None:
+        before()
+    ready.set()
+    work()
+
+
+def sweep_command(arguments: Sequence[str]) -> None:
+    """`python sweep_runner.py <arguments>`; ends in SystemExit."""
+    program = str(ROOT / "sweep_runner.py")
+    sys.argv = [program, *arguments]
+    os.chdir(ROOT)
+    runpy.run_path(program, run_name="__main__")
+
+
+def mark_places(place: Any) -> None:
+    """Let the shared value say at any moment which of PLACES this process is in."""
+    for number, names in enumerate(PLACES.values()):
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            owner = resolve(module)
+            setattr(owner, attribute, marked(getattr(owner, attribute), number, place))
+
+
+def resolve(name: str) -> Any:
+    found: Any = sys.modules.get(name)
+    if found is None:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(sys.modules[module], attribute)
+    return found
+
+
+def marked(function: Callable[..., Any], number: int, place: Any) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        before, place.value = place.value, number
+        try:
+            return function(*arguments, **options)
+        finally:
+            with contextlib.suppress(Exception):
+                place.value = before
+
+    return call

@@ -1,0 +1,29 @@
+"""What `python -m tests.faults` does at length, in small."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Bench, bench, check_visible, kill_at_random
+
+
+@pytest.fixture(scope="module")
+def each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A bench with the sweep that nothing was done to."""
+    with bench(tmp_path_factory.mktemp("faults")) as made:
+        yield made
+
+
+def test_sweeps_killed_at_random_moments_end_in_the_same_bytes(each: Bench) -> None:
+    places = kill_at_random(each, n=20, seed=1, command=False)
+    assert places.total() == 20
+    assert len(places) > 1
+
+
+def test_the_check_sees_a_torn_file(each: Bench, tmp_path: Path) -> None:
+    """The tests above would notice: the same check fails on a row with one byte missing."""
+    (tmp_path / "runs").mkdir()
+    row = next(each.reference.table("runs").glob("*.parquet"))
+    (tmp_path / "runs" / row.name).write_bytes(row.read_bytes()[:-1])
+    with pytest.raises(AssertionError):
+        check_visible(tmp_path, each.reference)
