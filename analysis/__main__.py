@@ -11,6 +11,8 @@ import typer
 from sweep.errors import SweepError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from analysis.tables import Loaded
 
 app = typer.Typer(
@@ -132,6 +134,7 @@ def query_command(
     limit: Annotated[int, typer.Option(min=0, help="Rows shown in the terminal; 0 shows all.")] = 100,
     json: AsJson = False,
     csv: AsCsv = False,
+    parquet: Annotated[Path | None, typer.Option(help="Write the answer to this Parquet file.")] = None,
 ) -> None:
     """SQL over the tables runs, curves, latents and sequences; `schema` lists their columns.
 
@@ -140,9 +143,10 @@ def query_command(
       python -m analysis query results "select dict_size, top_k, fvu, l0 from runs order by fvu"
       python -m analysis query results "select top_k, avg(fvu) as fvu from runs group by top_k" --csv
       python -m analysis query "select * from curves where metric = 'loss' and step % 10 = 0" --json
+      python -m analysis query "select * from latents where density > 0.1" --parquet dense.parquet
     """
     with refusals():
-        one_format(json, csv)
+        one_format(json, csv, parquet is not None)
         folder, statement = folder_and_sql(words)
         from analysis import show
         from analysis.query import query
@@ -153,7 +157,9 @@ def query_command(
             remark(part.warnings)
         if not any(part.n_files for part in loaded):
             remark(nothing_yet(folder, load_table(folder, "runs")))
-        if json:
+        if parquet:
+            write_parquet(frame, parquet)
+        elif json:
             show.write(show.as_json(frame.iter_rows(named=True)))
         elif csv:
             show.write(show.as_csv(frame.columns, frame.iter_rows()))
@@ -214,9 +220,29 @@ def refusals() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def one_format(json: bool, csv: bool) -> None:
-    if json and csv:
-        raise typer.BadParameter("choose --json or --csv, not both")
+def one_format(*asked: bool) -> None:
+    if sum(asked) > 1:
+        raise typer.BadParameter("choose one format, not both")
+
+
+def write_parquet(frame: "pl.DataFrame", path: Path) -> None:
+    """The answer as a file, whole or not at all.
+
+    Raises:
+        ResultsError: the file cannot be written.
+    """
+    import io
+
+    from sweep.errors import ResultsError
+    from sweep.paths import write_atomic
+
+    content = io.BytesIO()
+    frame.write_parquet(content)
+    try:
+        write_atomic(path, content.getvalue())
+    except OSError as error:
+        raise ResultsError(f"--parquet {path} cannot be written ({error}); choose another place") from error
+    remark([f"{frame.height:,} rows in {path}"])
 
 
 def metrics_named(words: str) -> list[str]:
