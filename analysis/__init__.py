@@ -19,7 +19,7 @@ def load(path: "str | PathLike[str]", table: str = "runs") -> "polars.LazyFrame"
 
     Args:
         path: the results_dir of a sweep.
-        table: runs, curves, latents or sequences.
+        table: runs, curves, latents, sequences or contexts.
 
     Raises:
         ResultsError: `path` is not a results folder.

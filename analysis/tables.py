@@ -17,7 +17,7 @@ from analysis.cache import Stamp, compacted
 from analysis.files import Outcome, read_files
 from sweep.errors import ConfigError, ResultsError
 from sweep.paths import ResultsFolder
-from sweep.results import TABLES
+from sweep.results import OPTIONAL_TABLES, TABLES
 
 __all__ = ["LeftOut", "Loaded", "load_table", "open_results", "what_to_run"]
 
@@ -93,7 +93,7 @@ def load_table(results: Path, table: str, cells: Collection[str] | None = None) 
 
     Args:
         results: the results folder.
-        table: runs, curves, latents or sequences.
+        table: runs, curves, latents, sequences or contexts.
         cells: take only these cells; None takes all.
 
     Raises:
@@ -127,7 +127,7 @@ def load_table(results: Path, table: str, cells: Collection[str] | None = None) 
         left_out=left_out,
         unknown_columns=dict(sorted(unknown.items())),
         n_uncommitted=len(present.keys() - committed.keys()),
-        n_missing=len(wanted - present.keys()),
+        n_missing=0 if table in OPTIONAL_TABLES else len(wanted - present.keys()),
     )
 
 

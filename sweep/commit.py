@@ -15,6 +15,7 @@ from sweep.activations import ActivationStream
 from sweep.blocks import HarvestedBlocks
 from sweep.config import SCHEMA_VERSION, Cell
 from sweep.gang import Member
+from sweep.language_model import Pieces, Tokenizer
 from sweep.options import Workflow
 from sweep.paths import ResultsFolder, write_atomic, write_json
 from sweep.progress import Snapshot
@@ -35,6 +36,7 @@ class Workplace:
     stream: ActivationStream
     harvested: HarvestedBlocks
     tokens: TokenFile
+    tokenizer: Tokenizer
     model_hash: str
     device: str
     started: float
@@ -64,6 +66,7 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
                 for latent, group, since in zip(evaluation.latents, groups(cell), since_fired, strict=True)
             ],
             "sequences": evaluation.sequences,
+            "contexts": with_tokens(evaluation.contexts, place),
         },
     )
     scores = {name: row[name] for name in SCORES}
@@ -71,6 +74,15 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
     member.log.info("done: fvu %s at l0 %s", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
+
+
+def with_tokens(contexts: list[dict[str, Any]], place: Workplace) -> Iterator[dict[str, Any]]:
+    """The contexts with the text of their tokens; token 0 of a row is its BOS, which no context counts."""
+    text = Pieces(place.tokenizer)
+    for context in contexts:
+        begin = context["start"] + 1
+        ids = place.tokens.heldout[context["sequence"], begin : begin + len(context["activations"])]
+        yield {**context, "tokens": [text[token] for token in ids.tolist()]}
 
 
 def groups(cell: Cell) -> Iterator[int]:

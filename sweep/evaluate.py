@@ -8,7 +8,7 @@ Nothing is changed by being looked at, and what one transcoder scores does not d
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sweep.config import Site
+from sweep.contexts import TopContexts
 from sweep.errors import DataError
 from sweep.language_model import Activations
 from sweep.metrics import (
@@ -64,6 +65,8 @@ class Evaluation:
     """Mean Euclidean norm of what the transcoder read."""
     latents: list[dict[str, Any]]
     sequences: list[dict[str, Any]]
+    contexts: list[dict[str, Any]] = field(default_factory=list)
+    """What excites each latent most, as TopContexts gives it; empty where none were asked for."""
 
 
 @torch.no_grad()
@@ -73,17 +76,18 @@ def evaluate(
     seq_tokens: int,
     report: Report = silent,
     n_blocks: int = 0,
+    n_contexts: int = 0,
 ) -> dict[str, Evaluation]:
     """Score every predictor on the held-out blocks, in one pass.
 
     `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_blocks` is how many will
-    come, for the report.
+    come, for the report. Of each latent the `n_contexts` contexts that excite it most are kept.
 
     Raises:
         DataError: there is no block.
     """
     moments = {site: TargetMoments(seq_tokens) for site, _ in predictors.values()}
-    scores = {name: Score(site, predictor) for name, (site, predictor) in predictors.items()}
+    scores = {name: Score(site, predictor, seq_tokens, n_contexts) for name, (site, predictor) in predictors.items()}
     n_done = 0
     for n_done, block in enumerate(heldout, 1):
         for site, moment in moments.items():
@@ -104,13 +108,15 @@ def evaluate(
 class Score:
     """The sums of one predictor."""
 
-    def __init__(self, site: Site, predictor: Predictor) -> None:
+    def __init__(self, site: Site, predictor: Predictor, seq_tokens: int, n_contexts: int) -> None:
         self.site = site
         self.predictor = predictor
         self.dict_size = predictor.W_enc.shape[1]
         self.reconstruction = Reconstruction()
         self.activity = LatentActivity(self.dict_size, predictor.W_enc.device)
         self.source_norms = 0.0
+        device = predictor.W_enc.device
+        self.contexts = TopContexts(self.dict_size, seq_tokens, n_contexts, device) if n_contexts else None
 
     def update(self, activations: Activations) -> None:
         """Add a block, a chunk of tokens at a time, so that the latents of a chunk stay small."""
@@ -120,6 +126,8 @@ class Score:
             latents = self.predictor.encode(read)
             self.source_norms += float(torch.linalg.vector_norm(read.double(), dim=1).sum())
             self.activity.update(latents)
+            if self.contexts:
+                self.contexts.update(latents)
             self.reconstruction.update(target[chunk], self.predictor.decode(latents, read).to(target.device))
 
     def evaluation(self, deviations: Deviations, seq_tokens: int) -> Evaluation:
@@ -133,6 +141,7 @@ class Score:
             source_norm=self.source_norms / deviations.n_tokens,
             latents=self._latents(similarity),
             sequences=self._sequences(deviations, seq_tokens),
+            contexts=self.contexts.rows() if self.contexts else [],
         )
 
     def _latents(self, similarity: DecoderSimilarity) -> list[dict[str, Any]]:

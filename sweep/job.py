@@ -93,7 +93,7 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report)
         return
     calibrate(gang, place, report)
     beside = baselines_beside(gang.sites, workflow, place, results, report)
-    evaluations = evaluate_all(gang, beside, place, report)
+    evaluations = evaluate_all(gang, beside, place, workflow, report)
     gang.attempt_all(lambda member: commit(member, results, place, workflow))
     for one in beside:
         if one.row_id in evaluations:
@@ -109,7 +109,8 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
     folder = ensure_model_folder(config.model, cache, report)
     if (found := layers_in(folder)) != config.model.n_layers:
         raise ModelError(f"n_layers={config.model.n_layers}: model={config.model.model} has {found} layers")
-    tokens = prepare_tokens(config.data, config.model, load_tokenizer(folder), cache, report)
+    tokenizer = load_tokenizer(folder)
+    tokens = prepare_tokens(config.data, config.model, tokenizer, cache, report)
     model_hash = weights_hash(folder)
 
     def load() -> LanguageModel:
@@ -124,7 +125,7 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
         model = harvested.language_model()
         gang.attempt_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
     stream = ActivationStream(config, blocks, gang.sites)
-    return Workplace(stream, harvested, tokens, model_hash, device, started, len(gang.members))
+    return Workplace(stream, harvested, tokens, tokenizer, model_hash, device, started, len(gang.members))
 
 
 def pick_device(device: str) -> str:
@@ -182,7 +183,9 @@ def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
     gang.attempt_all(fit)
 
 
-def evaluate_all(gang: Gang, beside: Sequence[Beside], place: Workplace, report: Report) -> dict[str, Evaluation]:
+def evaluate_all(
+    gang: Gang, beside: Sequence[Beside], place: Workplace, workflow: Workflow, report: Report
+) -> dict[str, Evaluation]:
     """Score the members on the held-out rows, and the baselines beside them, all in one pass."""
     predictors = {m.cell.cell_id: (m.cell.site, m.transcoder) for m in gang.members if m.transcoder}
     if not predictors:
@@ -191,7 +194,7 @@ def evaluate_all(gang: Gang, beside: Sequence[Beside], place: Workplace, report:
     heldout = place.stream.split("heldout", also=[one.baseline.site for one in beside])
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
-    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks)
+    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
     return evaluations

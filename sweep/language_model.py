@@ -24,6 +24,7 @@ from sweep.model_files import ensure_model_folder, first_line, quiet_transformer
 __all__ = [
     "Activations",
     "LanguageModel",
+    "Pieces",
     "Tokenizer",
     "ensure_model_folder",
     "load_language_model",
@@ -60,6 +61,28 @@ class Tokenizer:
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens by name; bytes that are no character come out as \ufffd."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+class Pieces(dict[int, str]):
+    """The text of single tokens by id, as it stands inside a sentence; decoded once each.
+
+    Tokenizers drop the space before the first word of a text, so a token is decoded after another one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        (self._before,) = tokenizer.encode_batch(["a"])
+        self._n_before = len(tokenizer.decode(self._before))
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self._tokenizer.decode([*self._before, token])[self._n_before :]
+        return self[token]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

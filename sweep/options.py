@@ -69,6 +69,7 @@ class Workflow:
     dry_run: bool = option("print the plan and its cost, and stop")
     checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
     keep_checkpoints: bool = option("keep the checkpoints of finished cells")
+    n_contexts: int = option("contexts kept of each latent: the held-out tokens that excite it most; 0 keeps none")
     device: str = option("auto, cpu, cuda or cuda:<n>")
     baselines: Literal["none", "gemma_scope"] = option(
         "gemma_scope: also score Google's transcoders of each layer, in the same pass over the held-out rows"
@@ -79,7 +80,9 @@ class Workflow:
     baselines_revision: str | None = option("commit on the hub; null takes the newest")
 
     def problems(self) -> Iterator[str]:
-        yield from at_least(0, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib)
+        yield from at_least(
+            0, n_contexts=self.n_contexts, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib
+        )
         yield from device_problems(self.device)
         if not re.fullmatch(L0_CHOICE, self.baselines_l0):
             yield f"baselines_l0={self.baselines_l0} is no L0; choose all, lowest, nearest:<number> or a number"

@@ -25,7 +25,7 @@ __all__ = [
     "write_json",
 ]
 
-TABLES = ("runs", "curves", "latents", "sequences")
+TABLES = ("runs", "curves", "latents", "sequences", "contexts")
 MARK = "Results of sparse transcoder sweeps (format 1)"
 ABOUT = f"""{MARK}
 
@@ -33,6 +33,7 @@ runs/       one Parquet row per finished cell; a row here is the commit of the r
 curves/     training curves: step, metric, value
 latents/    one row per latent
 sequences/  sums per held-out sequence
+contexts/   what excites each latent most, where n_contexts= asked for it
 cells/      one folder per cell: config, status, log, checkpoints, the transcoder
 sweeps/     one JSON file per sweep: its command and its cells
 cache/      models, tokens and activations; can be deleted, will be rebuilt

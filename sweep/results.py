@@ -23,6 +23,7 @@ __all__ = [
     "BLANK_SEAL",
     "DEAD_AT_TOKENS",
     "METRICS",
+    "OPTIONAL_TABLES",
     "TABLES",
     "Column",
     "columns_of",
@@ -36,7 +37,7 @@ __all__ = [
     "write_table",
 ]
 
-Dtype = Literal["int64", "float64", "string", "bool", "list[int64]", "list[float64]"]
+Dtype = Literal["int64", "float64", "string", "bool", "list[int64]", "list[float64]", "list[string]"]
 
 DEAD_AT_TOKENS = (1_000, 10_000, 100_000, 1_000_000)
 """Held-out token counts at which the dead fraction is also reported: it falls as one looks longer."""
@@ -248,12 +249,28 @@ SEQUENCES = (
     Column("sum_cosine", "float64", "cosine of prediction and target, summed over tokens", unit="1"),
 )
 
+CONTEXTS = (
+    CELL_ID,
+    Column("latent", "int64", "index of the latent", unit="1"),
+    Column("place", "int64", "place among the contexts of the latent, from 0: the largest activation", unit="1"),
+    Column("sequence", "int64", "held-out row it is from", unit="1"),
+    Column("position", "int64", "token of the row with the largest activation, from 0, BOS not counted", unit="tokens"),
+    Column("start", "int64", "token of the row with which `tokens` begins", unit="tokens"),
+    Column("activation", "float64", "the largest activation", unit="target units"),
+    Column("tokens", "list[string]", "text of each token around it"),
+    Column("activations", "list[float64]", "value of the latent at each of these tokens", unit="target units"),
+)
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "runs": RUNS,
     "curves": CURVES,
     "latents": LATENTS,
     "sequences": SEQUENCES,
+    "contexts": CONTEXTS,
 }
+
+OPTIONAL_TABLES = ("contexts",)
+"""Tables that a finished cell may lack."""
 
 
 def polars_schema(table: str) -> "polars.Schema":
@@ -267,6 +284,7 @@ def polars_schema(table: str) -> "polars.Schema":
         "bool": pl.Boolean,
         "list[int64]": pl.List(pl.Int64),
         "list[float64]": pl.List(pl.Float64),
+        "list[string]": pl.List(pl.String),
     }
     return pl.Schema({column.name: dtypes[column.dtype] for column in TABLES[table]})
 
@@ -345,6 +363,8 @@ def read_row(path: Path) -> dict[str, Any]:
 
 def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Commit a finished cell: the row in `runs` goes last, and its rename is the commit."""
-    for table in ("curves", "latents", "sequences", "runs"):
-        rows = [{"cell_id": cell_id, **row} for row in tables[table]]
+    for table in ("contexts", "curves", "latents", "sequences", "runs"):
+        rows = [{"cell_id": cell_id, **row} for row in tables.get(table, ())]
+        if not rows and table in OPTIONAL_TABLES:
+            continue
         write_table(table, results.row(table, cell_id), rows)

@@ -33,6 +33,7 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "dry_run": False,
         "checkpoint_steps": 10,
         "keep_checkpoints": True,
+        "n_contexts": 0,
         "device": "cpu",
         **NO_BASELINES,
     }

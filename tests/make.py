@@ -113,7 +113,9 @@ def write_cell(root: Path, cell_id: str, *, options: dict[str, Any] | None = Non
     curve = [{"step": step, "metric": "loss", "value": 1 / (step + 1)} for step in range(3)]
     latents = [{"latent": i, "group": 0, "density": 0.5} for i in range(2)]
     sequences = [{"sequence": 0, "n_tokens": 31, "sum_squared_error": 1.5}]
-    write_run(results, cell_id, {"runs": [run], "curves": curve, "latents": latents, "sequences": sequences})
+    contexts = [{"latent": 0, "place": 0, "tokens": ["a", " b"], "activations": [0.0, 1.5], "activation": 1.5}]
+    tables = {"runs": [run], "curves": curve, "latents": latents, "sequences": sequences, "contexts": contexts}
+    write_run(results, cell_id, tables)
 
 
 def row_file(root: Path, cell_id: str, table: str = "runs") -> Path:

@@ -36,7 +36,7 @@ def test_load_gives_the_schema_and_the_rows(tmp_path: Path, table: str):
     frame = loaded.frame.collect()
     assert frame.schema == polars_schema(table)
     assert frame["cell_id"].unique(maintain_order=True).to_list() == ["aa", "bb"]
-    assert frame.height == 2 * {"runs": 1, "curves": 3, "latents": 2, "sequences": 1}[table]
+    assert frame.height == 2 * {"runs": 1, "curves": 3, "latents": 2, "sequences": 1, "contexts": 1}[table]
     assert (loaded.n_files, loaded.left_out, loaded.warnings) == (2, (), [])
 
 
@@ -180,6 +180,8 @@ def test_load_says_when_a_finished_cell_lacks_a_file(tmp_path: Path):
     loaded = load_table(tmp_path, "curves")
     assert loaded.warnings == ["1 finished cell without a file in curves/"]
     assert load_table(tmp_path, "latents").warnings == []
+    (tmp_path / "contexts" / "bb.parquet").unlink()
+    assert load_table(tmp_path, "contexts").warnings == []  # kept only where they were asked for
 
 
 @pytest.mark.parametrize("name", ["a'; echo foo", "lr=1", "[ab]*?", "s3:", "with space"])

@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "sweep.step.active",
         "sweep.checkpoint",
         "sweep.metrics",
+        "sweep.contexts",
     },
     {"sweep.block_files"},
     {"sweep.step.reference", "sweep.step.sparse", "sweep.blocks", "sweep.initialise", "sweep.finish", "sweep.saved"},
