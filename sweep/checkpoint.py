@@ -46,7 +46,7 @@ def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[
         hashes = {name: sha256_of_file(partial / name) for name in FILES}
         write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes})
     for step in folder.checkpoint_steps()[:-KEPT]:
-        shutil.rmtree(folder.checkpoint(step))
+        shutil.rmtree(folder.checkpoint(step), ignore_errors=True)  # a start that took over may be at it too
 
 
 def identity(cell: Cell, belongs_to: Mapping[str, str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -47,10 +46,15 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
     """Write everything a finished cell leaves behind; the row in `runs/` goes last.
 
     Side effects: the cell's checkpoints go, unless `keep_checkpoints`.
+
+    Raises:
+        Superseded: the cell has been started again elsewhere. Should that happen while files are written, both starts
+            write the same bytes under the same names, each file by a rename.
     """
     cell, run, transcoder, evaluation = member.cell, member.run, member.transcoder, member.evaluation
     assert run is not None and transcoder is not None and evaluation is not None
     row = run_row(member, place)
+    member.attempt.check()
     save_transcoder(member.folder.transcoder, transcoder, about(cell))
     write_json(member.folder.metrics, {"cell_id": cell.cell_id, **metrics(member)})
     write_atomic(member.folder.summary, summary(metrics(member)).encode())
@@ -146,7 +150,7 @@ def run_row(member: Member, place: Workplace) -> dict[str, Any]:
         "attempts": member.status.attempts,
         "seconds": seconds,
         "training_tokens_per_second": cell.schedule.steps * cell.schedule.batch_size / seconds,
-        "host": socket.gethostname(),
+        "host": member.status.host,
         "device": place.device,
         "n_threads": torch.get_num_threads(),
         "versions": json.dumps(package_versions(), sort_keys=True),

@@ -8,7 +8,8 @@ SweepError
 │   └── TooShort         text that does not fill every split
 ├── ModelError           a language model that cannot be loaded, or lacks the hook or layer
 ├── BaselineError        somebody else's transcoder that is not there, not whole, or of another model
-└── Diverged             the training loss of a cell stopped being a number
+├── Diverged             the training loss of a cell stopped being a number
+└── Superseded           a cell has been started again elsewhere, and this start may no longer write
 
 Interrupted              not an error: somebody asked the job to stop, and it has saved its cells
 """
@@ -24,6 +25,7 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "ResultsError",
+    "Superseded",
     "SweepError",
     "TooShort",
 ]
@@ -71,6 +73,10 @@ class BaselineError(SweepError):
 
 class Diverged(SweepError):
     """The training loss of a cell is no longer finite."""
+
+
+class Superseded(SweepError):
+    """The cell has been started again elsewhere; what this start does is no longer wanted."""
 
 
 class Interrupted(BaseException):

@@ -6,7 +6,6 @@ A cell that fails leaves with class, message and traceback in its status; the ot
 import contextlib
 import logging
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
 from sweep.config import Cell, Site, cell_from_json
-from sweep.errors import Diverged, SweepError
+from sweep.errors import Diverged, Superseded, SweepError
 from sweep.evaluate import Evaluation
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
@@ -27,6 +27,8 @@ __all__ = ["Gang", "Member", "join"]
 
 HEARTBEAT_SECONDS = 2.0
 LOCK_TRIES = 5
+GHOST_SECONDS = 60.0
+"""How long a job waits for its own ghost on a lost node to leave. It may hang there for ever; it cannot write."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Member:
     cell: Cell
     folder: CellFolder
     status: Status
+    attempt: Attempt
     run: Run | None = None
     transcoder: Transcoder | None = None
     evaluation: Evaluation | None = None
@@ -49,6 +52,12 @@ class Member:
         return logging.LoggerAdapter(log, {"cell_id": self.cell.cell_id})
 
     def set_status(self, *, durable: bool = True, **values: Any) -> None:
+        """Replace the cell's status.
+
+        Raises:
+            Superseded: the cell has been started again elsewhere.
+        """
+        self.attempt.check()
         self.status = self.status.changed(**values)
         self.status.write(self.folder, durable=durable)
         self.last_beat = time.monotonic()
@@ -78,6 +87,8 @@ class Gang:
 
     def attempt(self, member: Member, action: Callable[[], None]) -> bool:
         """Run the action; on any error record class, message and traceback, and let the member go."""
+        if member not in self.members:
+            return False
         try:
             action()
         except Exception as error:
@@ -85,23 +96,33 @@ class Gang:
             return False
         return True
 
+    def beat(self, progress: Snapshot) -> None:
+        self.attempt_all(lambda member: member.beat(progress))
+
     def attempt_all(self, action: Callable[[Member], None]) -> None:
         for member in list(self.members):
             self.attempt(member, lambda member=member: action(member))  # type: ignore[misc]
 
     def fail(self, member: Member, error: Exception) -> None:
+        """Let the member go, with the error in its status, unless the status is another's by now."""
+        if member not in self.members:  # superseded while its action ran on
+            return
+        self.members.remove(member)
+        if isinstance(error, Superseded):
+            member.log.info("left: %s", error)
+            return
         trace = "".join(traceback.format_exception(error))
         member.log.info("failed: %s", error if isinstance(error, SweepError) else trace)
-        member.set_status(
-            state="diverged" if isinstance(error, Diverged) else "failed",
-            failures=member.status.failures + 1,
-            error={
-                "class": type(error).__name__,
-                "message": str(error),
-                "traceback": trace,
-            },
-        )
-        self.members.remove(member)
+        with contextlib.suppress(Superseded):
+            member.set_status(
+                state="diverged" if isinstance(error, Diverged) else "failed",
+                failures=member.status.failures + 1,
+                error={
+                    "class": type(error).__name__,
+                    "message": str(error),
+                    "traceback": trace,
+                },
+            )
 
     def fail_all(self, error: Exception) -> None:
         for member in list(self.members):
@@ -110,35 +131,47 @@ class Gang:
 
 def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack) -> Iterator[Member]:
     """The cells nobody else is at, each locked and with its log open until the stack closes."""
+    job = slurm_job(os.environ)
     for cell_id in cell_ids:
         folder = results.cell(cell_id)
         lock = lock_patiently(folder.lock)
-        if lock is None:
+        if lock is not None:
+            stack.enter_context(lock)
+        elif not began_in(folder, job):
             log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
             continue
-        stack.enter_context(lock)
+        attempt = Attempt.begin(folder, job)
+        if lock is None:
+            wait_for_ghost(folder.lock, stack)
         stack.enter_context(logging_to(folder.log, cell_id))
         status = read_status(folder)
-        member = Member(cell_from_json(folder.config.read_text(encoding="utf-8")), folder, status)
+        member = Member(cell_from_json(folder.config.read_text(encoding="utf-8")), folder, status, attempt)
         member.set_status(
             state="running",
             steps=member.cell.schedule.steps,
             attempts=status.attempts + 1,
             error={},
             progress=Snapshot(),
-            host=socket.gethostname(),
+            host=whereabouts(os.environ),
             pid=os.getpid(),
+            job=job,
         )
         yield member
 
 
-def lock_patiently(path: Path) -> IO[bytes] | None:
+def lock_patiently(path: Path, tries: int = LOCK_TRIES) -> IO[bytes] | None:
     """The lock of a cell; a few tries, as another process may just be looking whether it is taken."""
-    for _ in range(LOCK_TRIES):
+    for _ in range(tries):
         if lock := try_lock(path):
             return lock
         time.sleep(0.1)
     return None
+
+
+def wait_for_ghost(path: Path, stack: contextlib.ExitStack) -> None:
+    """Take the lock once an earlier start of this very job has seen that it is superseded, or go on without."""
+    if lock := lock_patiently(path, round(GHOST_SECONDS / 0.1)):
+        stack.enter_context(lock)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Progress, Report
 from sweep.revisions import layers_in, weights_hash
+from sweep.state import TrainState
 from sweep.tokens import prepare_tokens
 from sweep.train import Run, train
 
@@ -56,8 +57,7 @@ def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: 
         def tick(phase: str, done: int, total: int, unit: str) -> None:
             report(phase, done, total, unit)
             progress(phase, done, total, unit)
-            for member in gang.members:
-                member.beat(progress.snapshot)
+            gang.beat(progress.snapshot)
             if stop():
                 raise Interrupted
 
@@ -146,10 +146,15 @@ def start(member: Member, place: Workplace, workflow: Workflow) -> None:
         check_widths(window, cell.model)
         state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
     member.log.info("start at step %d of %d", state.step, cell.schedule.steps)
+
+    def save(state: TrainState) -> None:
+        member.attempt.check()
+        checkpoint.save(state, member.folder, cell, belongs_to)
+
     member.run = Run(
         cell,
         state,
-        save=lambda state: checkpoint.save(state, member.folder, cell, belongs_to),
+        save=save,
         checkpoint_steps=workflow.checkpoint_steps,
     )
 

@@ -1,6 +1,7 @@
 """Every file name a sweep owns, and the only ways a file comes to be: whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -72,6 +73,11 @@ class CellFolder:
     @property
     def lock(self) -> Path:
         return self.root / ".lock"
+
+    @property
+    def attempt(self) -> Path:
+        """Which start of the cell is the newest."""
+        return self.root / ".attempt"
 
     @property
     def checkpoints(self) -> Path:
@@ -238,13 +244,27 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for file in sorted(partial.rglob("*")):
             sync(file)
         sync_directory(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(partial, path)
+        replace_directory(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(path.parent)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Give a folder its name. An older one steps aside in one rename; another process may just be doing the same."""
+    while True:
+        try:
+            os.rename(new, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, aside)
+        shutil.rmtree(aside)
 
 
 def check_writable(folder: Path) -> None:

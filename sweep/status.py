@@ -18,8 +18,9 @@ MAX_BYTES = 1 << 20
 class Status:
     """State of one cell. `attempts` counts starts, `failures` only ends by an error: a kill is not a failure.
 
-    `progress` is what its gang is at. The scores are those of the last point on the training curve, on a training
-    batch by the training rule, until the cell is done; then they are the held-out ones.
+    `job` is the id of its Slurm job, where it runs in one. `progress` is what its gang is at. The scores are those of
+    the last point on the training curve, on a training batch by the training rule, until the cell is done; then they
+    are the held-out ones.
     """
 
     state: State = "new"
@@ -30,6 +31,7 @@ class Status:
     error: dict[str, str] = field(default_factory=dict)
     host: str = ""
     pid: int = 0
+    job: str = ""
     updated_at: float = 0.0
     progress: Snapshot = field(default_factory=Snapshot)
     fvu: float | None = None
@@ -43,7 +45,7 @@ class Status:
         """Whether every field has the type it should: the file may have been damaged or written by a stranger."""
         counts = (self.step, self.steps, self.attempts, self.failures, self.pid, self.progress.done)
         numbers = (self.updated_at, self.progress.per_second, self.progress.seconds_left)
-        texts = (*self.error.values(), self.host, self.progress.phase, self.progress.unit)
+        texts = (*self.error.values(), self.host, self.job, self.progress.phase, self.progress.unit)
         scores = (self.fvu, self.l0, self.dead_fraction)
         return (
             self.state in get_args(State)

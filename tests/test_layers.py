@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"sweep", "sweep.errors", "sweep.progress"},
     {"sweep.revisions"},
     {"sweep.config", "sweep.paths"},
+    {"sweep.attempt"},
     {"sweep.options", "sweep.status", "sweep.provenance", "sweep.summary"},
     {
         "sweep.results",
@@ -71,6 +72,7 @@ TORCH_FREE = {
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
+        "sweep.attempt",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }
