@@ -78,6 +78,7 @@ class Workflow:
     baselines_l0: str = option("which of them: all, lowest, nearest:<number>, or an L0 that is there")
     baselines_width: str = option("their width, as in their folders' names")
     baselines_revision: str | None = option("commit on the hub; null takes the newest")
+    wait: bool = option("watch until the jobs are over; false submits and returns (hydra/launcher=slurm)")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(

@@ -37,6 +37,7 @@ sequences/  sums per held-out sequence
 contexts/   what excites each latent most, where n_contexts= asked for it
 cells/      one folder per cell: config, status, log, checkpoints, the transcoder
 sweeps/     one JSON file per sweep: its command and its cells
+slurm/      what was sent to Slurm, and what its jobs printed
 cache/      models, tokens and activations; can be deleted, will be rebuilt
 
 Read it:  python -m analysis rank <this folder>
@@ -100,7 +101,7 @@ class CellFolder:
 
 @dataclass(frozen=True)
 class LaunchFolder:
-    """Names inside `sweeps/<sweep_id>.<random>/`: what a launcher and its jobs tell each other while they live."""
+    """Names inside `sweeps/<sweep_id>.<random>/` and `slurm/<random>/`: what launcher and jobs tell each other."""
 
     root: Path
 
@@ -119,6 +120,16 @@ class LaunchFolder:
         return self.root / f"job_{number}.json"
 
     @property
+    def submission(self) -> Path:
+        """Which cells went to Slurm in which job."""
+        return self.root / "submission.json"
+
+    @property
+    def over(self) -> Path:
+        """There once none of a submission's jobs lives any more."""
+        return self.root / "over"
+
+    @property
     def submitit(self) -> Path:
         """Submitit's own folder: its pickles, and what jobs print."""
         return self.root / "submitit"
@@ -133,6 +144,11 @@ class ResultsFolder:
     @property
     def sweeps(self) -> Path:
         return self.root / "sweeps"
+
+    @property
+    def slurm(self) -> Path:
+        """A launch folder for every array of jobs sent to Slurm."""
+        return self.root / "slurm"
 
     def sweep(self, sweep_id: str) -> Path:
         return self.sweeps / f"{sweep_id}.json"

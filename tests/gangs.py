@@ -36,6 +36,7 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "n_contexts": 0,
         "device": "cpu",
         **NO_BASELINES,
+        "wait": True,
     }
     return Workflow(**values | overrides)
 

@@ -63,9 +63,10 @@ def test_rows_tell_waiting_starting_running_and_done(results: ResultsFolder, que
     ]
 
 
-def test_a_status_from_before_the_launch_is_no_news(results: ResultsFolder, queue: Queue) -> None:
+def test_a_status_from_before_the_launch_is_no_news(results: ResultsFolder, request: pytest.FixtureRequest) -> None:
     say(results, 0, state="failed", step=7, error={"message": "old trouble"}, fvu=0.9)
     say(results, 2, state="interrupted", step=9)
+    queue = request.getfixturevalue("queue")
     rows = list(Watcher(PLANNED, results).rows(queue).values())
     assert [row.word for row in rows] == ["starting", "starting", "waiting"]
     assert rows[0].texts[4] == ""

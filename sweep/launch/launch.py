@@ -12,31 +12,31 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from sweep.config import Cell, as_json
 from sweep.errors import ConfigError, Interrupted, SweepError
 from sweep.launch import console
 from sweep.launch.beside import with_baselines
-from sweep.launch.console import Failure
+from sweep.launch.console import plural
 from sweep.launch.cost import gang_cost, machine_flops, training_flops
 from sweep.launch.jobs import Job, divide
 from sweep.launch.local import Queue, run_local
 from sweep.launch.machine import LocalOptions, Slot, find_slots
-from sweep.launch.plan import Composed, Plan, is_locked, make_plan, resolve
-from sweep.launch.watch import watching
+from sweep.launch.outcome import DONE, FAILED, INTERRUPTED, WRONG, tell
+from sweep.launch.plan import Composed, Plan, make_plan, resolve
+from sweep.launch.slurm import SlurmJobs, follow, live_cells, sbatch_script, submit
+from sweep.launch.slurm_options import SlurmOptions
+from sweep.launch.squeue import SlurmSilent
+from sweep.launch.watch import watch_slurm, watching
+from sweep.options import Workflow
 from sweep.paths import LaunchFolder, ResultsFolder, check_writable, locked, try_lock, write_atomic, write_json
 from sweep.progress import silent
 from sweep.provenance import git_state
-from sweep.results import read_row
-from sweep.status import read_status
 
 __all__ = ["launch"]
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
-
-def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
+def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -> int:
     """Run a sweep; returns the exit code of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("sweep").setLevel(logging.INFO)
@@ -45,10 +45,10 @@ def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
     try:
         workflow, cells = resolve(composed)
         workflow = with_baselines(workflow, [cell for _, cell in cells], silent)
-        slots = find_slots(workflow.device, options)
+        slots = room_for(workflow, options)
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()
-        plan = make_plan(workflow, cells, results)
+        plan = make_plan(workflow, cells, results, in_slurm(results, options))
         jobs = divide(
             plan.gangs, slots, lambda cells: gang_cost(cells, workflow.cache_gib).memory_bytes, training_flops
         )
@@ -57,11 +57,15 @@ def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
         if workflow.dry_run:
             if jobs:
                 console.show_cost([gang_cost(job.cells, workflow.cache_gib) for job in jobs], machine_flops())
+            if jobs and isinstance(options, SlurmOptions):
+                console.out.print(sbatch_script(len(jobs), options, results))
             return DONE
         cache = Path(workflow.cache_dir)
         if results.root not in cache.parents:
             check_cache(cache)
         results.create()
+        if isinstance(options, SlurmOptions):
+            return execute_in_slurm(plan, jobs, options, results)
         return execute(plan, jobs, slots, results, BACKENDS[options.backend])
     except SweepError as error:
         console.problem(str(error))
@@ -69,6 +73,37 @@ def launch(composed: Sequence[Composed], options: LocalOptions) -> int:
     except OSError as error:
         console.problem(f"{type(error).__name__}: {error}")
         return WRONG
+
+
+def room_for(workflow: Workflow, options: LocalOptions | SlurmOptions) -> list[Slot]:
+    """What jobs may plan with.
+
+    Raises:
+        ConfigError: an option of the launcher is out of range.
+    """
+    if isinstance(options, SlurmOptions):
+        options.check()
+        return options.slots()
+    if not workflow.wait:
+        raise ConfigError(
+            "wait=false needs jobs that outlive their launcher; choose hydra/launcher=slurm, or wait=true"
+        )
+    return find_slots(workflow.device, options)
+
+
+def in_slurm(results: ResultsFolder, options: LocalOptions | SlurmOptions) -> dict[str, str]:
+    """Cells that a job in Slurm is at or will be, and which.
+
+    Raises:
+        SlurmSilent: Slurm cannot be asked, and jobs shall go there.
+    """
+    try:
+        return live_cells(follow(results))
+    except SlurmSilent as silence:
+        if isinstance(options, SlurmOptions):
+            raise
+        console.problem(f"{results.slurm} tells of jobs in Slurm that cannot be asked about: {silence}")
+        return {}
 
 
 Stop = Callable[[], bool]
@@ -79,10 +114,8 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
     """Freeze the configs, run the jobs and show what came of them."""
     sweep_id = record(plan, results)
     if not jobs:
-        return tell(plan, results)
-    for job in jobs:
-        for cell in job.cells:
-            freeze(cell, results)
+        return tell(plan.unique, results)
+    freeze_all(jobs, results)
     with launch_folder(results, sweep_id) as folder:
         queue = Queue(jobs, slots, plan.workflow, folder)
         try:
@@ -93,7 +126,39 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
             what = "what was running is saved" if saved else "cells go on from their last checkpoint"
             console.problem(f"interrupted; {what}. To go on:\n    {command()}")
             return INTERRUPTED
-        return tell(plan, results, queue)
+        return tell(plan.unique, results, queue)
+
+
+def execute_in_slurm(plan: Plan, jobs: Sequence[Job], options: SlurmOptions, results: ResultsFolder) -> int:
+    """Submit what is to run and, unless told not to wait, watch it and what ran already until nothing is left."""
+    record(plan, results)
+    freeze_all(jobs, results)
+    sent, problem = submit(jobs, plan.workflow, options, results) if jobs else ([], "")
+    for submission in sent:
+        console.out.print(f"submitted {plural(len(submission.jobs), 'job')} as Slurm job {submission.slurm_id}")
+    if problem and not sent:
+        raise SweepError(problem)
+    if problem:
+        console.problem(f"the rest was not submitted; give the command again later. {problem}")
+    if not plan.workflow.wait:
+        console.out.print(FOLLOW.format(results=shlex.quote(str(results.root))))
+        return FAILED if problem else DONE
+    cells = [planned for planned in plan.unique if planned.runs or planned.action == "running"]
+    followed = SlurmJobs(results, [planned.cell.cell_id for planned in cells])
+    try:
+        with stopping("the jobs go on without this program; once more to leave at once") as stop:
+            watch_slurm(followed, cells, results, stop)
+    except (Interrupted, KeyboardInterrupt):
+        console.out.print(FOLLOW.format(results=shlex.quote(str(results.root))))
+        return INTERRUPTED
+    return tell(plan.unique, results, followed)
+
+
+FOLLOW = """the jobs are in Slurm's hands. From any node:
+    python -m sweep status {results}     where they are
+    python -m sweep watch {results}      follow them
+    python -m sweep cancel {results}     save and end them
+    python -m sweep collect {results}    results and failures"""
 
 
 def run_here(queue: Queue, plan: Plan, _results: ResultsFolder, stop: Stop) -> None:
@@ -132,8 +197,14 @@ def launch_folder(results: ResultsFolder, sweep_id: str) -> Iterator[LaunchFolde
         shutil.rmtree(folder.root)
 
 
+def freeze_all(jobs: Sequence[Job], results: ResultsFolder) -> None:
+    for job in jobs:
+        for cell in job.cells:
+            freeze(cell, results)
+
+
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
+def stopping(words: str = "stopping after this step; once more to stop at once") -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT ends the process at once."""
     asked = False
 
@@ -142,7 +213,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
         if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        console.problem("stopping after this step; once more to stop at once")
+        console.problem(words)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -179,36 +250,6 @@ def freeze(cell: Cell, results: ResultsFolder) -> None:
     folder = results.cell(cell.cell_id)
     folder.root.mkdir(parents=True, exist_ok=True)
     write_atomic(folder.config, as_json(cell).encode())
-
-
-def tell(plan: Plan, results: ResultsFolder, queue: Queue | None = None) -> int:
-    """Show results and failures; the exit code says whether every cell is done."""
-    metrics: dict[str, dict[str, Any]] = {}
-    failures: dict[str, list[Failure]] = {}
-    for planned in plan.unique:
-        cell_id = planned.cell.cell_id
-        if results.row("runs", cell_id).exists():
-            metrics[cell_id] = read_row(results.row("runs", cell_id))
-        else:
-            reason, log = why_not_done(cell_id, results, queue)
-            failures.setdefault(reason, []).append((cell_id, log))
-    console.show_results(plan.unique, metrics)
-    console.show_failures(failures)
-    if metrics:
-        console.out.print(f"ranked against baselines: python -m analysis rank {shlex.quote(str(results.root))}")
-    return FAILED if failures else DONE
-
-
-def why_not_done(cell_id: str, results: ResultsFolder, queue: Queue | None) -> tuple[str, Path]:
-    """Why a cell has no row, and where more is written."""
-    folder = results.cell(cell_id)
-    status = read_status(folder)
-    if is_locked(folder):
-        return f"is being run by another process ({status.pid}); give the command again when it is done", folder.log
-    if status.state in ("failed", "diverged"):
-        return f"{status.state}: {status.error.get('message', '')}", folder.log
-    printed = None if queue is None else queue.printed(cell_id)
-    return "was killed: its process ended without a word; give the command again to go on", printed or folder.log
 
 
 def check_cache(folder: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
 from sweep.options import Workflow
 from sweep.paths import LaunchFolder
+from sweep.status import Status
 
 if TYPE_CHECKING:
     import subprocess
@@ -36,6 +37,8 @@ FOREVER_MINUTES = 60 * 24 * 365 * 10
 """submitit kills a local job after two minutes unless told otherwise."""
 
 ROOT = Path(__file__).resolve().parents[2]
+
+KILLED = "was killed: its process ended without a word; give the command again to go on"
 
 Watch = Callable[["Queue"], None]
 
@@ -68,7 +71,8 @@ class Queue:
     def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], workflow: Workflow, folder: LaunchFolder) -> None:
         self.waiting = deque(enumerate(jobs, 1))
         self.running: list[Running] = []
-        self.over: list[Running] = []
+        self.ended: list[Running] = []
+        self._since = time.time()
         self._free = list(slots)
         self._workflow = workflow
         self._folder = folder
@@ -89,13 +93,34 @@ class Queue:
         """Take the jobs out whose process has ended."""
         for running in [each for each in self.running if each.over]:
             self.running.remove(running)
-            self.over.append(running)
+            self.ended.append(running)
             self._free.append(running.slot)
 
-    def printed(self, cell_id: str) -> Path | None:
-        """What the process of a cell printed, errors included, if it has ended."""
-        jobs = [running for running in self.over if cell_id in running.job.cell_ids]
-        return self._folder.submitit / f"{jobs[-1].process.pid}_0_log.err" if jobs else None
+    @property
+    def over(self) -> bool:
+        return not self.running and not self.waiting
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        return {cell_id: "waiting" for _, job in self.waiting for cell_id in job.cell_ids}
+
+    @property
+    def at_work(self) -> list[tuple[str, Sequence[str]]]:
+        return [(str(running.number), running.job.cell_ids) for running in self.running]
+
+    @property
+    def n_jobs(self) -> int:
+        return len(self.waiting) + len(self.running) + len(self.ended)
+
+    def is_news(self, _cell_id: str, status: Status) -> bool:
+        return status.updated_at >= self._since
+
+    def ending(self, cell_id: str) -> tuple[str, Path] | None:
+        """Why a cell left neither row nor error, and what its process printed, if it has ended."""
+        jobs = [running for running in self.ended if cell_id in running.job.cell_ids]
+        if not jobs:
+            return None
+        return KILLED, self._folder.submitit / f"{jobs[-1].process.pid}_0_log.err"
 
     def _start(self, number: int, job: Job, slot: Slot) -> "subprocess.Popen[bytes]":
         if self._executor is None:

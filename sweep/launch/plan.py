@@ -1,6 +1,6 @@
 """What a sweep will do, cell by cell and why, before anything is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -105,8 +105,13 @@ def _grouped(problems: Sequence[tuple[str, str]], n_cells: int) -> list[str]:
     ]
 
 
-def make_plan(workflow: Workflow, cells: Sequence[tuple[tuple[str, ...], Cell]], results: ResultsFolder) -> Plan:
-    """Look every cell up in the results folder; writes nothing."""
+def make_plan(
+    workflow: Workflow,
+    cells: Sequence[tuple[tuple[str, ...], Cell]],
+    results: ResultsFolder,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Plan:
+    """Look every cell up in the results folder; writes nothing. `elsewhere` names jobs that run or wait, by cell."""
     planned: list[Planned] = []
     seen: set[str] = set()
     for overrides, cell in cells:
@@ -114,19 +119,21 @@ def make_plan(workflow: Workflow, cells: Sequence[tuple[tuple[str, ...], Cell]],
             action: Action = "duplicate"
             reason = "the same cell is in this sweep already"
         else:
-            action, reason = look_up(cell, results)
+            action, reason = look_up(cell, results, elsewhere or {})
         seen.add(cell.cell_id)
         planned.append(Planned(cell, overrides, action, reason))
     return Plan(workflow, tuple(planned))
 
 
-def look_up(cell: Cell, results: ResultsFolder) -> tuple[Action, str]:
+def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) -> tuple[Action, str]:
     """What the results folder says about a cell."""
     row, folder = results.row("runs", cell.cell_id), results.cell(cell.cell_id)
     status = read_status(folder)
     checkpoints = folder.checkpoint_steps()
     if row.exists():
         return ("done", "its row is there") if is_whole(row) else ("retry", f"its row {row} is damaged")
+    if cell.cell_id in elsewhere:
+        return "running", elsewhere[cell.cell_id]
     if is_locked(folder):
         return "running", f"process {status.pid} is at it"
     if status.state in ("failed", "diverged"):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from sweep.launch.help import help_text
 from sweep.launch.machine import LocalOptions
+from sweep.launch.slurm_options import SlurmOptions
 from sweep.options import options_schema
 
 __all__ = ["SweepExit", "register", "run"]
@@ -39,4 +40,5 @@ def register() -> None:
         sys.path.append(plugins)
     ConfigStore.instance().store(name="options", node=options_schema())
     ConfigStore.instance().store(group="hydra/launcher", name="local_schema", node=LocalOptions)
+    ConfigStore.instance().store(group="hydra/launcher", name="slurm_schema", node=SlurmOptions)
     OmegaConf.register_new_resolver("option_help", help_text, replace=True)

@@ -4,27 +4,54 @@ Everything shown is read from the cells' `status.json`; nothing is asked of a jo
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from rich.live import Live
 from rich.table import Table
 
 from sweep.config import Cell
+from sweep.errors import Interrupted
 from sweep.launch import console
 from sweep.launch.console import duration, out, plural, readable, varied
-from sweep.launch.local import Queue
 from sweep.launch.plan import Planned
+from sweep.launch.slurm import SlurmJobs
 from sweep.paths import ResultsFolder
 from sweep.progress import Snapshot
 from sweep.status import Status, read_status
 
-__all__ = ["Row", "Watcher", "watching"]
+__all__ = ["Jobs", "Row", "Watcher", "watch_slurm", "watching"]
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
+POLL_SECONDS = 0.5
 ENDED = ("done", "failed", "diverged", "interrupted")
+
+
+@runtime_checkable
+class Jobs(Protocol):
+    """What the watcher must know of jobs, wherever they run."""
+
+    @property
+    def over(self) -> bool:
+        """Whether none runs or waits any more."""
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """For each cell whose job does not run yet: why, in a word or two."""
+
+    @property
+    def at_work(self) -> Sequence[tuple[str, Sequence[str]]]:
+        """Name and cells of each job that runs."""
+
+    @property
+    def n_jobs(self) -> int:
+        """Jobs in all, those that are over included."""
+
+    def is_news(self, cell_id: str, status: Status) -> bool:
+        """Whether a status is of the present job of a cell, and not from before."""
 
 
 @dataclass(frozen=True)
@@ -62,36 +89,32 @@ class Watcher:
         self._cells = cells
         self._results = results
         self._live = live
-        self._since = time.time()
         self._looked = self._spoke = 0.0
-        self._told: set[str] = set()
-        self._phases: dict[int, str] = {}
+        self._told: set[tuple[str, int]] = set()
+        self._phases: dict[str, str] = {}
 
-    def __call__(self, queue: Queue) -> None:
+    def __call__(self, jobs: Jobs) -> None:
         now = time.monotonic()
-        if now - self._looked < REFRESH_SECONDS and (queue.running or queue.waiting):
+        if now - self._looked < REFRESH_SECONDS and not jobs.over:
             return
         self._looked = now
-        rows = self.rows(queue)
+        rows = self.rows(jobs)
         if self._live is not None:
             self._live.update(self.table(rows))
         else:
-            self._speak(queue, rows, now)
+            self._speak(jobs, rows, now)
 
-    def rows(self, queue: Queue) -> dict[str, Row]:
-        """Every cell that was to run, by id. A status from before this launch is no news."""
-        waiting = {cell_id for _, job in queue.waiting for cell_id in job.cell_ids}
+    def rows(self, jobs: Jobs) -> dict[str, Row]:
+        """Every cell that was to run, by id. A status from before its job is no news."""
+        words = jobs.words
         rows = {}
         for planned in self._cells:
             cell = planned.cell
             status = read_status(self._results.cell(cell.cell_id))
-            if status.updated_at < self._since:
+            if not jobs.is_news(cell.cell_id, status):
                 status = replace(status, state="new", progress=Snapshot(), fvu=None, l0=None, dead_fraction=None)
-            if status.state == "new":
-                word = "waiting" if cell.cell_id in waiting else "starting"
-            else:
-                word = status.progress.phase if status.state == "running" else status.state
-            rows[cell.cell_id] = Row(cell, word or "starting", status)
+            word = status.progress.phase if status.state in ("running", "new") else status.state
+            rows[cell.cell_id] = Row(cell, words.get(cell.cell_id) or word or "starting", status)
         return rows
 
     def table(self, rows: dict[str, Row]) -> Table:
@@ -108,25 +131,24 @@ class Watcher:
             table.add_row(f"and {len(hidden)} more:", ", ".join(f"{n} {word}" for word, n in words.items()))
         return table
 
-    def _speak(self, queue: Queue, rows: dict[str, Row], now: float) -> None:
+    def _speak(self, jobs: Jobs, rows: dict[str, Row], now: float) -> None:
         """Cells that ended, each job's new phase, and every LINE_SECONDS how far each job is."""
         for cell_id, row in rows.items():
-            if row.status.state in ENDED and cell_id not in self._told:
-                self._told.add(cell_id)
+            if row.status.state in ENDED and (cell_id, row.status.attempts) not in self._told:
+                self._told.add((cell_id, row.status.attempts))
                 out.print(ending(row))
         due = now - self._spoke > LINE_SECONDS
-        several = len(queue.running) + len(queue.waiting) + len(queue.over) > 1
-        for running in queue.running:
-            members = [rows[cell_id].status for cell_id in running.job.cell_ids]
+        for name, cell_ids in jobs.at_work:
+            members = [rows[cell_id].status for cell_id in cell_ids if cell_id in rows]
             going_on = [status for status in members if status.state not in ENDED]
             if not going_on:
                 continue
             latest = max(going_on, key=lambda status: status.updated_at)
             progress = latest.progress if latest.progress.phase else Snapshot("start")
-            if due or self._phases.get(running.number) != progress.phase:
-                self._phases[running.number] = progress.phase
-                name = f"job {running.number}, {plural(len(running.job.cells), 'cell')}: " if several else ""
-                out.print(name + console.line(progress))
+            if due or self._phases.get(name) != progress.phase:
+                self._phases[name] = progress.phase
+                label = f"job {name}, {plural(len(cell_ids), 'cell')}: " if jobs.n_jobs > 1 else ""
+                out.print(label + console.line(progress))
                 self._spoke = now
 
 
@@ -149,3 +171,26 @@ def watching(cells: Sequence[Planned], results: ResultsFolder) -> Iterator[Watch
         return
     with Live(console=out, transient=True, refresh_per_second=2) as live:
         yield Watcher(cells, results, live)
+
+
+def watch_slurm(
+    jobs: SlurmJobs, cells: Sequence[Planned], results: ResultsFolder, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Show the cells until none of their jobs lives; a controller that does not answer is waited for.
+
+    Raises:
+        Interrupted: `stop` became true; the jobs go on.
+    """
+    silence = ""
+    with watching(cells, results) as watch:
+        jobs.refresh(now=True)
+        while not jobs.over:
+            if stop():
+                raise Interrupted
+            if jobs.silent and jobs.silent != silence:
+                console.problem(f"waiting for Slurm to answer: {jobs.silent}")
+            silence = jobs.silent
+            watch(jobs)
+            time.sleep(POLL_SECONDS)
+            jobs.refresh()
+        watch(jobs)

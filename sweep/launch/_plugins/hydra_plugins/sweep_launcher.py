@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweep.launch.machine import LocalOptions
 from sweep.launch.register import SweepExit
+from sweep.launch.slurm_options import SlurmOptions
 
 
 def refuse(key: str, value: str, fix: str) -> NoReturn:
@@ -55,7 +56,8 @@ class SweepLauncher(Launcher):
     """Composes every cell once and hands all of them to `sweep.launch.launch`."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = LocalOptions(**options)
+        kind = SlurmOptions if options["backend"] == "slurm" else LocalOptions
+        self.options = kind(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         if not str(config.hydra.sweeper._target_).endswith(GridSweeper.__name__):

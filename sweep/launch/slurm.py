@@ -1,0 +1,308 @@
+"""Backend `slurm`: jobs go out as arrays through submitit, and go on whether or not anybody watches.
+
+1. A submission is one array. Its record, with a name nobody else has, lies on disk before sbatch is called.
+2. squeue, asked by name, says which jobs live; `status.json` and the rows say how the cells fared. A job that Slurm no
+   longer knows and that left no row is lost: the next run submits its cells again.
+3. A job that is told to stop saves, and goes back into the queue itself (`payload.run_in_slurm`).
+
+submitit's own idea of a job's state needs sacct, and its `result()` waits for ever on a job that left no pickle:
+neither is used.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sweep.errors import SweepError
+from sweep.launch import payload
+from sweep.launch.jobs import Job
+from sweep.launch.slurm_options import SlurmOptions
+from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
+from sweep.options import Workflow
+from sweep.paths import LaunchFolder, ResultsFolder, locked, write_json
+from sweep.revisions import read_json
+from sweep.status import Status
+
+__all__ = ["Followed", "SlurmJobs", "Submission", "follow", "live_cells", "sbatch_script", "submit"]
+
+ASK_SECONDS = 10.0
+"""How often Slurm is asked while somebody watches; its controller serves a whole cluster."""
+
+DEFAULT_ARRAY_SIZE = 1001
+"""Slurm's own, where it does not tell."""
+
+MAX_RECORD_BYTES = 16 << 20
+KEPT_VARIABLES = ("SLURM_CONF",)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One array, or one job: its folder, and the cells of each element. `slurm_id` is empty until sbatch answered."""
+
+    folder: LaunchFolder
+    jobs: tuple[tuple[str, ...], ...]
+    slurm_id: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"transcoders-{self.folder.root.name}"
+
+    def job_id(self, index: int) -> str:
+        return f"{self.slurm_id}_{index}" if len(self.jobs) > 1 else self.slurm_id
+
+    def write(self) -> None:
+        write_json(self.folder.submission, {"jobs": [list(cells) for cells in self.jobs], "slurm_id": self.slurm_id})
+
+    @classmethod
+    def read(cls, root: Path) -> "Submission | None":
+        """The record in a folder; None where there is none, or it cannot be read."""
+        folder = LaunchFolder(root)
+        try:
+            found = read_json(folder.submission, MAX_RECORD_BYTES)
+            jobs = tuple(tuple(str(cell_id) for cell_id in cells) for cells in found["jobs"])
+            return cls(folder, jobs, str(found["slurm_id"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """One job of a submission, and what Slurm last said of it: nothing once it has forgotten it."""
+
+    submission: Submission
+    index: int
+    seen: Seen | None
+
+    @property
+    def cell_ids(self) -> tuple[str, ...]:
+        return self.submission.jobs[self.index]
+
+    @property
+    def id(self) -> str:
+        return self.submission.job_id(self.index) if self.seen is None else self.seen.id
+
+    @property
+    def live(self) -> bool:
+        return self.seen is not None and self.seen.live
+
+    @property
+    def words(self) -> str:
+        """Such as `Slurm job 12_3, running on node1`."""
+        return f"Slurm job {self.id}, {'unknown to Slurm' if self.seen is None else self.seen.words}"
+
+    @property
+    def log(self) -> Path:
+        """What the job printed, errors included."""
+        return self.submission.folder.submitit / f"{self.id}_0_log.err"
+
+
+def follow(results: ResultsFolder) -> list[Followed]:
+    """Every job submitted for a results folder that is not known to be over, the oldest first.
+
+    Raises:
+        SlurmSilent: there are such jobs and Slurm cannot be asked.
+    """
+    roots = [root for root in results.slurm.glob("*/") if not LaunchFolder(root).over.exists()]
+    submissions = [Submission.read(root) for root in sorted(roots, key=lambda root: root.stat().st_mtime)]
+    known = [submission for submission in submissions if submission is not None]
+    seen = {(each.name, each.index): each for each in ask([submission.name for submission in known])}
+    return [
+        Followed(submission, index, seen.get((submission.name, index)))
+        for submission in known
+        for index in range(len(submission.jobs))
+    ]
+
+
+def live_cells(followed: Sequence[Followed]) -> dict[str, str]:
+    """For each cell in a job that runs, waits or may come back: which job, in words."""
+    return {cell_id: job.words for job in followed if job.live for cell_id in job.cell_ids}
+
+
+def submit(
+    jobs: Sequence[Job], workflow: Workflow, options: SlurmOptions, results: ResultsFolder
+) -> tuple[list[Submission], str]:
+    """Send the jobs out, in as many arrays as Slurm's limit asks for. Returns what went out and why the rest did not.
+
+    Cells that another launcher has sent out meanwhile are left to it. Paths become absolute: a job may start elsewhere.
+
+    Side effects: folders under `results.slurm`; those of submissions that ended well go.
+    """
+    size = min(options.max_array_size or DEFAULT_ARRAY_SIZE, largest_array())
+    workflow = replace(
+        workflow,
+        results_dir=str(Path(workflow.results_dir).absolute()),
+        cache_dir=str(Path(workflow.cache_dir).absolute()),
+    )
+    sent: list[Submission] = []
+    with locked(results.slurm / ".lock"):
+        followed = follow(results)
+        tidy(followed, results)
+        taken = live_cells(followed)
+        parts = [tuple(cell_id for cell_id in job.cell_ids if cell_id not in taken) for job in jobs]
+        waiting = [part for part in parts if part]
+        for begin in range(0, len(waiting), size):
+            after = sent[-1].slurm_id if sent and options.array_parallelism else None
+            try:
+                sent.append(send(waiting[begin : begin + size], workflow, options, results, after))
+            except SweepError as error:
+                return sent, str(error)
+    return sent, ""
+
+
+def send(
+    jobs: Sequence[tuple[str, ...]],
+    workflow: Workflow,
+    options: SlurmOptions,
+    results: ResultsFolder,
+    after: str | None,
+) -> Submission:
+    """One array. `after` is the one whose end it waits for, so that `array_parallelism` holds for all together.
+
+    Raises:
+        SweepError: Slurm did not take it, in its words.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    root = Path(tempfile.mkdtemp(dir=results.slurm, prefix="")).absolute()
+    submission = Submission(LaunchFolder(root), tuple(jobs))
+    for index, cell_ids in enumerate(jobs):
+        payload.describe(submission.folder.job(index), cell_ids, workflow, None)
+    submission.write()
+    said = io.StringIO()
+    try:
+        with outside_of_a_job(), contextlib.redirect_stderr(said):
+            executor = submitit.SlurmExecutor(submission.folder.submitit, python=options.command)
+            parameters = options.sbatch(submission.name) | {"wckey": None}
+            executor.update_parameters(**parameters, **({"dependency": f"afterany:{after}"} if after else {}))
+            paths = [str(submission.folder.job(index)) for index in range(len(jobs))]
+            started: list[Any] = executor.map_array(payload.run_in_slurm, paths)
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
+        shutil.rmtree(root)
+        raise SweepError(f"sbatch: {error or said.getvalue()}") from error
+    submission = replace(submission, slurm_id=str(started[0].job_id).partition("_")[0])
+    submission.write()
+    return submission
+
+
+def sbatch_script(n_jobs: int, options: SlurmOptions, results: ResultsFolder) -> str:
+    """The script of the first array, as it would go out."""
+    from submitit.slurm import slurm as script
+
+    size = min(n_jobs, options.max_array_size or DEFAULT_ARRAY_SIZE)
+    folder = (results.slurm / "SUBMISSION" / "submitit").absolute()
+    parameters: dict[str, Any] = options.sbatch("transcoders-SUBMISSION") | {"wckey": None}
+    if size > 1:
+        parameters["map_count"] = size
+    command = f"{options.command} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return script._make_sbatch_string(command=command, folder=folder, **parameters)
+
+
+def largest_array() -> int:
+    """Elements one array may have on this cluster."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
+    return max(int(found[1]), 1) if found else DEFAULT_ARRAY_SIZE
+
+
+@contextlib.contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of the job that a launcher may itself run in: sbatch would take them for wishes."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith("SLURM_") and name not in KEPT_VARIABLES:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def tidy(followed: Sequence[Followed], results: ResultsFolder) -> None:
+    """Submissions without a live job are asked about no more; those whose cells all have rows go."""
+    for root, group in itertools.groupby(followed, key=lambda job: job.submission.folder.root):
+        jobs = list(group)
+        if any(job.live for job in jobs):
+            continue
+        if all(results.row("runs", cell_id).exists() for job in jobs for cell_id in job.cell_ids):
+            shutil.rmtree(root, ignore_errors=True)
+        else:
+            LaunchFolder(root).over.touch()
+
+
+class SlurmJobs:
+    """What the watcher and the final table need to know of the jobs of some cells. Ask it to `refresh`."""
+
+    def __init__(self, results: ResultsFolder, cell_ids: Collection[str]) -> None:
+        self._results = results
+        self._cell_ids = frozenset(cell_ids)
+        self._asked = -ASK_SECONDS
+        self._jobs: list[Followed] = []
+        self.silent = ""
+        """Why Slurm did not answer last time; empty when it did. What it said before stands."""
+
+    def refresh(self, *, now: bool = False) -> None:
+        """Ask Slurm, unless it was asked just now."""
+        if not now and time.monotonic() - self._asked < ASK_SECONDS:
+            return
+        self._asked = time.monotonic()
+        try:
+            jobs = follow(self._results)
+        except SlurmSilent as error:
+            self.silent = str(error)
+        else:
+            self.silent = ""
+            listed = {job.submission.name for job in jobs}
+            gone = [job for job in self._jobs if job.submission.name not in listed]
+            jobs = [replace(job, seen=None) if job.live else job for job in gone] + jobs
+            self._jobs = [job for job in jobs if self._cell_ids & set(job.cell_ids)]
+
+    @property
+    def live(self) -> list[Followed]:
+        return [job for job in self._jobs if job.live]
+
+    @property
+    def over(self) -> bool:
+        return not self.live and not self.silent
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """Cells whose job is not running, with what it waits for."""
+        idle = [job for job in self.live if job.seen and job.seen.state not in ("RUNNING", "COMPLETING")]
+        return {cell_id: job.seen.words for job in idle if job.seen for cell_id in job.cell_ids}
+
+    @property
+    def at_work(self) -> list[tuple[str, Sequence[str]]]:
+        return [(job.id, job.cell_ids) for job in self.live if job.seen and job.seen.state == "RUNNING"]
+
+    @property
+    def n_jobs(self) -> int:
+        return len(self._jobs)
+
+    def of(self, cell_id: str) -> Followed | None:
+        """The job a cell was last in."""
+        return next((job for job in reversed(self._jobs) if cell_id in job.cell_ids), None)
+
+    def is_news(self, cell_id: str, status: Status) -> bool:
+        """Whether a status is of the cell's present job, and not from before."""
+        job = self.of(cell_id)
+        return job is None or not job.live or status.job == job.id
+
+    def ending(self, cell_id: str) -> tuple[str, Path] | None:
+        """Why a cell that left no row has none, as far as its job tells."""
+        job = self.of(cell_id)
+        if job is None:
+            return None
+        if job.live:
+            return f"in {job.words}; python -m sweep watch follows it", job.log
+        return f"lost: {job.words}; give the command again to go on", job.log
