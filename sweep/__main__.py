@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from sweep.errors import ConfigError, SweepError
+from sweep.paths import CacheFolder, ResultsFolder
 
 app = typer.Typer(
     help="What is done beside a sweep. To train transcoders: python sweep_runner.py --help",
-    epilog="Exit codes: 0 done, 2 a request that cannot be answered, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a cell is not done, 2 a request that cannot be answered, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,7 +50,6 @@ def evaluate_command(
         from sweep.launch import console
         from sweep.launch.launch import check_cache
         from sweep.options import device_problems
-        from sweep.paths import CacheFolder
         from sweep.saved import check_layer, check_output, open_saved
 
         if batch_size is not None and batches is None:
@@ -108,6 +108,45 @@ def prepare_command(
 
             prepared = prepare(cells, cache, report)
         console.show_prepared([(p.kind, p.what, p.was_there, p.n_bytes, p.folder) for p in prepared])
+
+
+Results = Annotated[Path, typer.Argument(help="The results_dir of a sweep.")]
+
+
+@app.command(name="status")
+def status_command(results: Results) -> None:
+    """Where every cell is: one table, from its files and from Slurm."""
+    with refusals():
+        from sweep.launch import folder
+
+        raise typer.Exit(folder.status(ResultsFolder(results)))
+
+
+@app.command(name="watch")
+def watch_command(results: Results) -> None:
+    """Follow the jobs in Slurm until none is left, then tell results and failures. Ctrl-C leaves them running."""
+    with refusals():
+        from sweep.launch import folder
+
+        raise typer.Exit(folder.watch(ResultsFolder(results)))
+
+
+@app.command(name="collect")
+def collect_command(results: Results) -> None:
+    """Results and failures so far; exit code 0 once every cell is done."""
+    with refusals():
+        from sweep.launch import folder
+
+        raise typer.Exit(folder.collect(ResultsFolder(results)))
+
+
+@app.command(name="cancel")
+def cancel_command(results: Results) -> None:
+    """End the jobs in Slurm; those that run save first, and the same sweep command goes on from there."""
+    with refusals():
+        from sweep.launch import folder
+
+        raise typer.Exit(folder.cancel(ResultsFolder(results)))
 
 
 @contextlib.contextmanager

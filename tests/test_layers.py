@@ -64,7 +64,7 @@ LAYERS: list[set[str]] = [
         "sweep.launch.compose",
     },
     {"sweep.launch.watch", "sweep.launch.outcome"},
-    {"sweep.launch.launch"},
+    {"sweep.launch.launch", "sweep.launch.folder"},
     {"sweep.launch._plugins.hydra_plugins.sweep_launcher", "sweep_runner", "sweep.__main__"},
 ]
 """Low to high: a module imports only from layers below its own, or its neighbours where NEIGHBOURS says so."""

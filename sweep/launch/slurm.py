@@ -106,21 +106,28 @@ class Followed:
         return self.submission.folder.submitit / f"{self.id}_0_log.err"
 
 
-def follow(results: ResultsFolder) -> list[Followed]:
-    """Every job submitted for a results folder that is not known to be over, the oldest first.
+def follow(results: ResultsFolder, *, finished: bool = False) -> list[Followed]:
+    """Every job submitted for a results folder that is not known to be over, the oldest submission first.
+
+    Those whose cells all have rows are `finished`: nobody need ask Slurm about them, unless to clear them away.
 
     Raises:
         SlurmSilent: there are such jobs and Slurm cannot be asked.
     """
     roots = [root for root in results.slurm.glob("*/") if not LaunchFolder(root).over.exists()]
     submissions = [Submission.read(root) for root in sorted(roots, key=lambda root: root.stat().st_mtime)]
-    known = [submission for submission in submissions if submission is not None]
+    known = [each for each in submissions if each is not None and (finished or not has_rows(each, results))]
     seen = {(each.name, each.index): each for each in ask([submission.name for submission in known])}
     return [
         Followed(submission, index, seen.get((submission.name, index)))
         for submission in known
         for index in range(len(submission.jobs))
     ]
+
+
+def has_rows(submission: Submission, results: ResultsFolder) -> bool:
+    """Whether every cell of it is finished."""
+    return all(results.row("runs", cell_id).exists() for cells in submission.jobs for cell_id in cells)
 
 
 def live_cells(followed: Sequence[Followed]) -> dict[str, str]:
@@ -145,7 +152,7 @@ def submit(
     )
     sent: list[Submission] = []
     with locked(results.slurm / ".lock"):
-        followed = follow(results)
+        followed = follow(results, finished=True)
         tidy(followed, results)
         taken = live_cells(followed)
         parts = [tuple(cell_id for cell_id in job.cell_ids if cell_id not in taken) for job in jobs]
@@ -234,7 +241,7 @@ def tidy(followed: Sequence[Followed], results: ResultsFolder) -> None:
         jobs = list(group)
         if any(job.live for job in jobs):
             continue
-        if all(results.row("runs", cell_id).exists() for job in jobs for cell_id in job.cell_ids):
+        if has_rows(jobs[0].submission, results):
             shutil.rmtree(root, ignore_errors=True)
         else:
             LaunchFolder(root).over.touch()

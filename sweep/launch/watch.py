@@ -62,6 +62,9 @@ class Row:
     word: str
     status: Status
 
+    def saying(self, word: str) -> "Row":
+        return replace(self, word=word)
+
     @property
     def texts(self) -> list[str]:
         """State, step, tokens per second, time left, FVU, L0 and dead fraction."""
@@ -117,12 +120,12 @@ class Watcher:
             rows[cell.cell_id] = Row(cell, words.get(cell.cell_id) or word or "starting", status)
         return rows
 
-    def table(self, rows: dict[str, Row]) -> Table:
-        """As many cells as the terminal has room for, those at work first."""
+    def table(self, rows: dict[str, Row], room: int | None = None) -> Table:
+        """As many cells as there is room for, by default on the terminal, those at work first."""
         columns = varied(self._cells)
         table = Table("cell", *columns, "state", "step", "tokens/s", "left", "fvu", "l0", "dead", box=None)
         urgent = sorted(rows.values(), key=lambda row: (row.status.state != "running", row.status.state == "new"))
-        room = max(out.height - 4, 4)
+        room = max(out.height - 4, 4) if room is None else room
         for row in urgent[:room]:
             flat = row.cell.flat()
             table.add_row(row.cell.cell_id, *(readable(flat[name]) for name in columns), *row.texts)

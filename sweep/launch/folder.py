@@ -1,0 +1,96 @@
+"""What a results folder tells of all its cells and their jobs, from any machine that sees it."""
+
+from sweep.config import cell_from_json
+from sweep.errors import ResultsError
+from sweep.launch.console import out, plural
+from sweep.launch.outcome import DONE, tell
+from sweep.launch.plan import Planned, is_locked, look_up
+from sweep.launch.slurm import SlurmJobs
+from sweep.launch.squeue import SlurmSilent, scancel
+from sweep.launch.watch import Watcher, watch_slurm
+from sweep.paths import ResultsFolder
+
+__all__ = ["cancel", "cells_of", "collect", "status", "watch"]
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def cells_of(results: ResultsFolder) -> list[Planned]:
+    """Every cell that has a folder.
+
+    Raises:
+        ResultsError: there is none, or a config cannot be read.
+    """
+    results.check()
+    cells = []
+    for path in sorted(results.root.glob("cells/*/config.json")):
+        try:
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+            cell = cell_from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultsError(f"{path} is no config of a cell ({error}); move its folder away") from error
+        cells.append(Planned(cell, (), *look_up(cell, results, {})))
+    if not cells:
+        raise ResultsError(f"{results.root} holds no cells; name the results_dir of a sweep")
+    return cells
+
+
+def jobs_of(results: ResultsFolder, cells: list[Planned]) -> SlurmJobs:
+    """Their jobs, as Slurm tells just now."""
+    jobs = SlurmJobs(results, [planned.cell.cell_id for planned in cells])
+    jobs.refresh(now=True)
+    return jobs
+
+
+def status(results: ResultsFolder) -> int:
+    """One table of all cells; what Slurm is not asked about is known from files."""
+    cells = cells_of(results)
+    jobs = jobs_of(results, cells)
+    rows = Watcher(cells, results).rows(jobs)
+    for cell_id, row in rows.items():
+        job = jobs.of(cell_id)
+        here = is_locked(results.cell(cell_id))
+        if results.row("runs", cell_id).exists():
+            rows[cell_id] = row.saying("done")
+        elif (
+            row.status.state == "running" and not here and row.status.job and not jobs.silent and not (job and job.live)
+        ):
+            rows[cell_id] = row.saying(f"lost ({job.words if job else 'unknown to Slurm'})")
+    out.print(Watcher(cells, results).table(rows, room=len(rows)))
+    if jobs.silent:
+        out.print(f"Slurm was not asked: {jobs.silent}")
+    for job in jobs.live:
+        out.print(f"{job.words}: {plural(len(job.cell_ids), 'cell')}; it prints to {job.log}")
+    return DONE
+
+
+def watch(results: ResultsFolder) -> int:
+    """Follow the jobs in Slurm until none lives, then tell what came of the cells."""
+    cells = cells_of(results)
+    jobs = jobs_of(results, cells)
+    watch_slurm(jobs, cells, results)
+    return tell(cells, results, jobs)
+
+
+def collect(results: ResultsFolder) -> int:
+    """Results and failures so far; the exit code says whether every cell is done."""
+    cells = cells_of(results)
+    return tell(cells, results, jobs_of(results, cells))
+
+
+def cancel(results: ResultsFolder) -> int:
+    """End every job of the folder that Slurm runs or keeps waiting; those that run save first.
+
+    Raises:
+        SlurmSilent: Slurm cannot be asked.
+    """
+    jobs = jobs_of(results, cells_of(results))
+    if jobs.silent:
+        raise SlurmSilent(jobs.silent)
+    scancel([job.id for job in jobs.live])
+    out.print(
+        f"cancelled {plural(len(jobs.live), 'job')}"
+        + (": " + ", ".join(job.id for job in jobs.live) if jobs.live else "")
+    )
+    return DONE
