@@ -16,8 +16,8 @@ import polars as pl
 from analysis.cache import Stamp, compacted
 from analysis.files import Outcome, read_files
 from sweep.errors import ConfigError, ResultsError
-from sweep.paths import ResultsFolder
-from sweep.results import OPTIONAL_TABLES, TABLES
+from sweep.paths import OPTIONAL_TABLES, ResultsFolder
+from sweep.results import TABLES
 
 __all__ = ["LeftOut", "Loaded", "load_table", "open_results", "what_to_run"]
 

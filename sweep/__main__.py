@@ -115,7 +115,12 @@ Results = Annotated[Path, typer.Argument(help="The results_dir of a sweep.")]
 
 @app.command(name="status")
 def status_command(results: Results) -> None:
-    """Where every cell is: one table, from its files and from Slurm."""
+    """Where every cell is: one table, from its files and from Slurm.
+
+    \b
+    Example:
+      python -m sweep status results
+    """
     with refusals():
         from sweep.launch import folder
 
@@ -124,7 +129,12 @@ def status_command(results: Results) -> None:
 
 @app.command(name="watch")
 def watch_command(results: Results) -> None:
-    """Follow the jobs in Slurm until none is left, then tell results and failures. Ctrl-C leaves them running."""
+    """Follow the jobs in Slurm until none is left, then tell results and failures. Ctrl-C leaves them running.
+
+    \b
+    Example:
+      python -m sweep watch results
+    """
     with refusals():
         from sweep.launch import folder
 
@@ -133,7 +143,12 @@ def watch_command(results: Results) -> None:
 
 @app.command(name="collect")
 def collect_command(results: Results) -> None:
-    """Results and failures so far; exit code 0 once every cell is done."""
+    """Results and failures so far; exit code 0 once every cell is done.
+
+    \b
+    Example:
+      python -m sweep collect results
+    """
     with refusals():
         from sweep.launch import folder
 
@@ -142,7 +157,12 @@ def collect_command(results: Results) -> None:
 
 @app.command(name="cancel")
 def cancel_command(results: Results) -> None:
-    """End the jobs in Slurm; those that run save first, and the same sweep command goes on from there."""
+    """End the jobs in Slurm; those that run save first, and the same sweep command goes on from there.
+
+    \b
+    Example:
+      python -m sweep cancel results
+    """
     with refusals():
         from sweep.launch import folder
 

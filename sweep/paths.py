@@ -15,6 +15,7 @@ from typing import IO, Any
 from sweep.errors import ResultsError
 
 __all__ = [
+    "OPTIONAL_TABLES",
     "CacheFolder",
     "CellFolder",
     "LaunchFolder",
@@ -26,7 +27,10 @@ __all__ = [
     "write_json",
 ]
 
-TABLES = ("runs", "curves", "latents", "sequences", "contexts")
+OPTIONAL_TABLES = ("contexts",)
+"""Tables that a finished cell may lack."""
+
+TABLES = ("runs", "curves", "latents", "sequences", *OPTIONAL_TABLES)
 MARK = "Results of sparse transcoder sweeps (format 1)"
 ABOUT = f"""{MARK}
 
@@ -200,7 +204,7 @@ class ResultsFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self.about.exists():
                 write_atomic(self.about, ABOUT.encode())
-            for name in (*TABLES, "cells", "sweeps"):
+            for name in (*(table for table in TABLES if table not in OPTIONAL_TABLES), "cells", "sweeps"):
                 self.table(name).mkdir(exist_ok=True)
                 check_writable(self.table(name))
         except OSError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from sweep.config import SLICES, Cell
 from sweep.options import option_fields
-from sweep.paths import ResultsFolder, write_atomic
+from sweep.paths import OPTIONAL_TABLES, ResultsFolder, write_atomic
 
 if TYPE_CHECKING:
     import polars
@@ -23,7 +23,6 @@ __all__ = [
     "BLANK_SEAL",
     "DEAD_AT_TOKENS",
     "METRICS",
-    "OPTIONAL_TABLES",
     "TABLES",
     "Column",
     "columns_of",
@@ -269,9 +268,6 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "contexts": CONTEXTS,
 }
 
-OPTIONAL_TABLES = ("contexts",)
-"""Tables that a finished cell may lack."""
-
 
 def polars_schema(table: str) -> "polars.Schema":
     """The table's schema in polars' types."""
@@ -365,6 +361,8 @@ def write_run(results: ResultsFolder, cell_id: str, tables: Mapping[str, Iterabl
     """Commit a finished cell: the row in `runs` goes last, and its rename is the commit."""
     for table in ("contexts", "curves", "latents", "sequences", "runs"):
         rows = [{"cell_id": cell_id, **row} for row in tables.get(table, ())]
-        if not rows and table in OPTIONAL_TABLES:
-            continue
+        if table in OPTIONAL_TABLES:
+            if not rows:
+                continue
+            results.table(table).mkdir(exist_ok=True)
         write_table(table, results.row(table, cell_id), rows)

@@ -47,7 +47,7 @@ def test_a_sweep_trains_evaluates_and_ranks(swept: tuple[Path, subprocess.Comple
     for row in rows.iter_rows(named=True):
         assert row["l0"] == pytest.approx(row["top_k"], rel=0.1)
         cell = out / "cells" / row["cell_id"]
-        assert {path.name for path in cell.iterdir()} - {".lock"} == {
+        assert {path.name for path in cell.iterdir()} - {".lock", ".attempt"} == {
             "config.json", "status.json", "metrics.json", "summary.txt", "log.txt", "transcoder",
         }  # fmt: skip
         assert json.loads((cell / "metrics.json").read_text())["fvu"] == row["fvu"]

@@ -61,9 +61,8 @@ LAYERS: list[set[str]] = [
         "sweep.launch.console",
         "sweep.launch.local",
         "sweep.launch.slurm",
-        "sweep.launch.compose",
     },
-    {"sweep.launch.watch", "sweep.launch.outcome"},
+    {"sweep.launch.watch", "sweep.launch.compose", "sweep.launch.outcome"},
     {"sweep.launch.launch", "sweep.launch.folder"},
     {"sweep.launch._plugins.hydra_plugins.sweep_launcher", "sweep_runner", "sweep.__main__"},
 ]

@@ -95,7 +95,7 @@ class BatchTopK:
 
     def __init__(self, n_wanted: int, guess: float) -> None:
         self.n_wanted = n_wanted
-        self.guess = max(guess, 0.0)
+        self.guess = guess if guess > 0 else 0.0  # also where it is no number
         self.bound = self.guess
         self._kept: list[Active] = []
         self._n_kept = 0
