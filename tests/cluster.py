@@ -112,7 +112,7 @@ class Cluster:
         self.start_controller(forget=True)
         for node in self.nodes:
             self.start_node(node)
-        wait_for(self._all_idle, "the nodes to be idle")
+        wait_for(self.is_idle, "the nodes to be idle")
 
     def down(self) -> None:
         """End everything; a job that ignores it is killed."""
@@ -134,7 +134,7 @@ class Cluster:
         logs = [Path(file.path) for file in process.open_files() if file.path.endswith("/slurmd.log")]
         return next((log.parent.name for log in logs if log.parent.parent == self.root), "")
 
-    def _all_idle(self) -> bool:
+    def is_idle(self) -> bool:
         lines = self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False).split()
         return lines == ["idle"] * self.n_nodes
 

@@ -1,0 +1,387 @@
+"""Sweeps on a real Slurm: arrays, kills of every kind, and a launcher that may die. Nothing is lost or done twice."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster import Cluster, start_cluster
+from gangs import same_bytes
+from test_cli import ROOT, run
+
+from sweep.attempt import newest
+from sweep.config import cell_from_json
+from sweep.paths import CacheFolder, CellFolder, ResultsFolder
+from sweep.status import Status, read_status
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 6000
+LONG = ("-m", "experiment=smoke", f"steps={STEPS}", "epochs=1", "checkpoint_steps=100", "keep_checkpoints=true")
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20")
+QUICK = ("-m", "experiment=smoke", "steps=10")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with start_cluster() as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def quiet_cluster(cluster: Cluster) -> Iterator[None]:
+    """Every test finds both nodes idle and leaves no job."""
+    yield
+    for node in cluster.nodes:
+        if node not in cluster.daemons:
+            cluster.start_node(node)
+    if "slurmctld" not in cluster.daemons:
+        cluster.start_controller()
+    cluster.run("scancel", "--user", "root", check=False)
+    for process in cluster.processes():
+        if process.is_running() and process.status() == psutil.STATUS_STOPPED:
+            process.kill()
+    cluster.wait_until(cluster.is_idle, "the nodes to be idle again")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> ResultsFolder:
+    """Cells of three seeds, trained in this process without any interruption."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    options = ["seed=0,1,2", "hydra/launcher=inline", f"cache_dir={cache.root}", f"results_dir={folder}"]
+    done = run(*LONG, *options)
+    assert done.returncode == 0, done.stderr
+    return ResultsFolder(folder)
+
+
+class Sweep:
+    """A sweep command for the cluster, with a results folder of its own."""
+
+    def __init__(self, cluster: Cluster, root: Path, cache: CacheFolder, *arguments: str) -> None:
+        self.cluster = cluster
+        self.root = root
+        self.environment = os.environ | cluster.environment
+        script = str(ROOT / "sweep_runner.py")
+        self.command = [sys.executable, script, *arguments, *SLURM, f"cache_dir={cache.root}", f"results_dir={root}"]
+
+    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.command, *more], env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def start(self, *more: str) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*self.command, *more], env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def ask(self, command: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "sweep", command, str(self.root)]
+        return subprocess.run(
+            words, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def submit(self) -> None:
+        done = self.run("wait=false")
+        assert done.returncode == 0, done.stderr
+
+    def finish(self) -> str:
+        """Give the command, as a user would, until it ends; every cell must be done."""
+        done = self.run()
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @property
+    def folders(self) -> list[CellFolder]:
+        return [CellFolder(path) for path in sorted(self.root.glob("cells/*"))]
+
+    @property
+    def statuses(self) -> list[Status]:
+        return [read_status(folder) for folder in self.folders]
+
+    def is_training(self) -> bool:
+        return any(folder.checkpoint_steps() for folder in self.folders)
+
+    def wait_for_training(self) -> None:
+        self.cluster.wait_until(self.is_training, "a checkpoint")
+
+    def same_as(self, unbroken: ResultsFolder) -> None:
+        for folder in self.folders:
+            same_bytes(unbroken, ResultsFolder(self.root), cell_from_json(folder.config.read_text()))
+
+
+def job_processes(cluster: Cluster, node: str = "") -> list[psutil.Process]:
+    """The Python processes of jobs, without the srun that starts each."""
+    found = cluster.processes(node)
+    return [each for each in found if "submitit.core._submit" in each.cmdline() and "srun" not in each.name()]
+
+
+def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder
+) -> None:
+    """Six jobs do not fit the cluster's largest array of five, and still only two run at once."""
+    flags = ["hydra.launcher.jobs=6", "hydra.launcher.array_parallelism=2"]
+    on_one_node = "+hydra.launcher.additional_parameters.nodelist=node1"
+    sweep = Sweep(cluster, tmp_path, cache, *QUICK, "seed=0,1,2,3,4,5", *flags, on_one_node)
+    sweep.submit()
+    assert Counter(job.partition("_")[0] for job in cluster.states()).most_common(1)[0][1] == 5
+    assert len(cluster.states()) == 6
+    most, gpus = 0, set()
+    while any(state in ("PENDING", "RUNNING", "COMPLETING") for state in cluster.states().values()):
+        most = max(most, list(cluster.states().values()).count("RUNNING"))
+        seen = {}
+        for process in job_processes(cluster):
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            seen[environment["SLURM_JOB_ID"]] = environment["CUDA_VISIBLE_DEVICES"]
+        assert len(set(seen.values())) == len(seen)
+        gpus |= set(seen.values())
+        time.sleep(0.1)
+    assert most == 2
+    assert gpus == {"0", "1"}
+    collected = sweep.ask("collect")
+    assert collected.returncode == 0, collected.stderr
+    assert len(list(tmp_path.glob("runs/*"))) == 6
+    assert {status.job for status in sweep.statuses} == set(cluster.states())
+
+
+def test_a_failing_cell_leaves_the_others_and_is_told(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=60", "lr=1e-3,1e30")
+    done = sweep.run()
+    assert done.returncode == 1
+    assert "diverged" in done.stderr
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    asked = sweep.ask("status")
+    assert "diverged" in asked.stdout
+    assert sweep.ask("collect").returncode == 1
+
+
+def test_the_script_is_shown_and_nothing_submitted(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    sweep = Sweep(cluster, tmp_path / "out", cache, *QUICK, "seed=0,1", "hydra.launcher.jobs=2")
+    before = cluster.states()
+    done = sweep.run("dry_run=true", "hydra.launcher.setup=[module load cuda]", "hydra.launcher.partition=low")
+    assert done.returncode == 0, done.stderr
+    for line in ("#SBATCH --partition=low", "#SBATCH --array=0-1%2", "#SBATCH --requeue", "module load cuda"):
+        assert line in done.stdout.splitlines()
+    assert cluster.states() == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_slurm_refuses_is_told_in_its_words(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    done = Sweep(cluster, tmp_path, cache, *QUICK).run("hydra.launcher.partition=nowhere")
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("slurm/*/"))
+
+
+def test_a_warned_job_saves_and_goes_back_into_the_queue(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """SIGUSR2 is what Slurm sends before the time limit."""
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep.submit()
+    sweep.wait_for_training()
+    (job,) = [job for job, state in cluster.states().items() if state == "RUNNING"]
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.wait_until(lambda: cluster.states()[job] == "PENDING", "the job to be requeued")
+    (status,) = sweep.statuses
+    assert status.state == "interrupted"
+    assert sweep.folders[0].checkpoint_steps()[-1] == status.step
+    assert "1 running" in sweep.finish()
+    sweep.same_as(unbroken)
+    assert sweep.statuses[0].attempts == 2
+    assert sweep.statuses[0].job == job
+
+
+@pytest.mark.parametrize("partition", ["low", "abrupt"])
+def test_a_preempted_job_comes_back(
+    partition: str, cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """`low` sends the user's signal and grants a grace time, `abrupt` neither."""
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0", f"hydra.launcher.partition={partition}")
+    sweep.submit()
+    sweep.wait_for_training()
+    (job,) = [job for job, state in cluster.states().items() if state == "RUNNING"]
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    cluster.wait_until(lambda: cluster.states()[urgent.strip()] == "COMPLETED", "the urgent job")
+    assert cluster.states()[job] in ("PENDING", "RUNNING")
+    sweep.finish()
+    sweep.same_as(unbroken)
+    (status,) = sweep.statuses
+    assert (status.attempts, status.failures, status.job) == (2, 0, job)
+
+
+def test_cancelled_jobs_are_told_and_the_next_run_goes_on(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """One that runs, one that waits, one of an array: the third is left alone."""
+    flags = ["hydra.launcher.jobs=3", "hydra.launcher.array_parallelism=1"]
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", *flags)
+    launcher = sweep.start()
+    sweep.wait_for_training()
+    states = cluster.states()
+    (running,) = [job for job, state in states.items() if state == "RUNNING"]
+    waiting = [job for job, state in states.items() if state == "PENDING"]
+    assert len(waiting) == 2
+    cluster.run("scancel", waiting[0])
+    cluster.run("scancel", running)
+    output, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 1, output
+    assert f"lost: Slurm job {running}, cancelled" in errors
+    assert f"lost: Slurm job {waiting[0]}," in errors  # Slurm may forget an element that never ran at once
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    states_of_cells = sorted(status.state for status in sweep.statuses)
+    assert states_of_cells == ["done", "interrupted", "new"]
+    planned = sweep.run("dry_run=true").stdout
+    assert all(f"1 {action}" in planned for action in ("done", "resume", "new"))
+    sweep.finish()
+    sweep.same_as(unbroken)
+
+
+def test_a_dead_node_costs_the_steps_since_the_last_checkpoint(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    launcher = sweep.start()
+    sweep.wait_for_training()
+    (node,) = {process.environ()["SLURMD_NODENAME"] for process in job_processes(cluster)}
+    cluster.kill_node(node)
+    output, errors = launcher.communicate(timeout=250)
+    assert launcher.returncode == 0, output + errors
+    sweep.same_as(unbroken)
+    (status,) = sweep.statuses
+    assert status.attempts == 2
+    assert status.host != node
+
+
+def test_the_same_job_alive_twice_leaves_one_result(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """A node is cut off; its job freezes and wakes up when Slurm has started it again on the other node."""
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep.submit()
+    sweep.wait_for_training()
+    (ghost,) = job_processes(cluster)
+    token = newest(sweep.folders[0])["token"]
+    node = ghost.environ()["SLURMD_NODENAME"]
+    ghost.suspend()
+    cluster.cut_off_node(node)
+    cluster.wait_until(lambda: newest(sweep.folders[0])["token"] != token, "the second start")
+    ghost.resume()
+    sweep.finish()
+    psutil.wait_procs([ghost], timeout=30)
+    assert not ghost.is_running() or ghost.status() == psutil.STATUS_ZOMBIE
+    sweep.same_as(unbroken)
+    (status,) = sweep.statuses
+    assert (status.state, status.attempts, status.failures) == ("done", 2, 0)
+    assert status.host != node
+    assert "has been started again" in sweep.folders[0].log.read_text()
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+
+
+def test_a_restarted_controller_is_waited_for(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    launcher = sweep.start()
+    sweep.wait_for_training()
+    cluster.kill_controller()
+    asked = sweep.ask("status")
+    assert asked.returncode == 0
+    assert "Slurm was not asked" in asked.stdout
+    again = sweep.run()
+    assert again.returncode == 2
+    assert "squeue" in again.stderr
+    cluster.start_controller()
+    _, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, errors
+    sweep.same_as(unbroken)
+
+
+def test_jobs_that_slurm_forgot_are_sent_again(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, *QUICK, "seed=0,1")
+    held = "+hydra.launcher.additional_parameters.hold=true"
+    assert sweep.run(held, "wait=false").returncode == 0
+    assert "pending (JobHeldUser)" in sweep.ask("status").stdout
+    assert "2 running" in sweep.run(held, "wait=false").stdout
+    assert len(list(tmp_path.glob("slurm/*/"))) == 1
+    cluster.kill_controller()
+    cluster.start_controller(forget=True)
+    assert "unknown to Slurm" in sweep.ask("collect").stderr
+    sweep.finish()
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+
+
+def test_a_launcher_that_dies_is_not_missed(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """The same command again re-attaches, and so does `watch`; nothing is submitted twice."""
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", "hydra.launcher.jobs=2")
+    launcher = sweep.start()
+    sweep.wait_for_training()
+    launcher.kill()
+    launcher.communicate()
+    jobs = set(cluster.states())
+    output = sweep.finish()
+    assert "3 cells: 3 running; nothing to run" in output
+    assert "submitted" not in output
+    assert set(cluster.states()) == jobs
+    sweep.same_as(unbroken)
+    assert sweep.ask("watch").returncode == 0
+    assert {status.attempts for status in sweep.statuses} == {1}
+
+
+def test_cancel_saves_and_ends_everything(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1", "hydra.launcher.jobs=2")
+    sweep.submit()
+    sweep.wait_for_training()
+    asked = sweep.ask("cancel")
+    assert asked.returncode == 0
+    assert "cancelled 2 jobs" in asked.stdout
+    cluster.wait_until(cluster.is_idle, "the jobs to end")
+    assert "interrupted" in {status.state for status in sweep.statuses}
+    assert not list(tmp_path.glob("runs/*"))
+    sweep.finish()
+    sweep.same_as(unbroken)
+
+
+@pytest.mark.slow
+def test_the_time_limit_only_interrupts(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    """A limit of one minute, looked at by Slurm every half, and a job held up until the warning comes."""
+    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    done = sweep.run("wait=false", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30")
+    assert done.returncode == 0, done.stderr
+    sweep.wait_for_training()
+    (process,) = job_processes(cluster)
+    process.suspend()
+    job = sweep.statuses[0].job
+    started = time.monotonic()
+    while time.monotonic() - started < 25:
+        time.sleep(1)
+    process.resume()
+    cluster.wait_until(lambda: sweep.statuses[0].state != "running", "the warning or the end", 90)
+    sweep.finish()
+    sweep.same_as(unbroken)
+    assert sweep.statuses[0].job == job
+
+
+def test_records_hold_no_secret(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    sweep = Sweep(cluster, tmp_path, cache, *QUICK)
+    sweep.environment |= {"HF_TOKEN": "hf_not_for_disk"}
+    sweep.finish()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(json.loads(path.read_text())["slurm_id"] for path in files if path.name == "submission.json")
+    assert not [path for path in files if b"hf_not_for_disk" in path.read_bytes()]
