@@ -34,20 +34,17 @@ def test_structure_names_every_module() -> None:
         assert module.rsplit(".", 1)[-1] in text, module
 
 
-def test_readme_options_exist() -> None:
+def test_options_in_the_pages_exist() -> None:
     from sweep.launch.machine import LocalOptions
+    from sweep.launch.slurm_options import SlurmOptions
     from sweep.options import option_fields
 
-    names = {name for _, name, _, _ in option_fields()} | {
-        "model",
-        "data",
-        "capacity",
-        "schedule",
-        "revival",
-        "experiment",
-    }
-    names |= {"hydra/launcher"} | {f"hydra.launcher.{field.name}" for field in dataclasses.fields(LocalOptions)}
-    for line in re.findall(r"^python sweep_runner\.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE):
+    groups = {"model", "data", "capacity", "schedule", "revival", "experiment", "hydra/launcher"}
+    launcher = [field.name for options in (LocalOptions, SlurmOptions) for field in dataclasses.fields(options)]
+    names = {name for _, name, _, _ in option_fields()} | groups | {f"hydra.launcher.{name}" for name in launcher}
+    for line in re.findall(
+        r"^python sweep_runner\.py (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE
+    ):
         for key in re.findall(r"([\w./]+)=", line.partition("#")[0]):
             assert key in names
 
