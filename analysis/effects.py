@@ -20,7 +20,18 @@ from typing import Any
 import polars as pl
 from omegaconf import OmegaConf
 
-from analysis.rank import KEY, METRIC_NAMES, OPTIONS, RELATIVE_TO, Row, as_list, common_fraction, compact, number
+from analysis.rank import (
+    KEY,
+    METRIC_NAMES,
+    OPTIONS,
+    RELATIVE_TO,
+    Row,
+    as_list,
+    common_fraction,
+    compact,
+    comparable,
+    number,
+)
 from analysis.spread import interval_of_mean
 from sweep.config import frozen
 from sweep.options import ABSOLUTE, Relative, absolute
@@ -73,11 +84,8 @@ Pair = tuple[Row, Row]
 
 def effects(runs: pl.DataFrame) -> list[Effects]:
     """The effects of every option that varies in the table `runs`, by group."""
-    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in runs.filter(pl.col("kind") == "cell", pl.col("status") == "done").to_dicts():
-        found[tuple(row[name] for name in KEY)].append(row)
-    keys = sorted(found, key=lambda key: (str(key[0]), number(key[1]), *map(str, key[2:])))
-    return [_group(dict(zip(KEY, key, strict=True)), found[key]) for key in keys]
+    found = comparable(runs.filter(pl.col("kind") == "cell", pl.col("status") == "done"))
+    return [_group(dict(zip(KEY, key, strict=True)), rows) for key, rows in found.items()]
 
 
 def _group(key: Row, rows: list[Row]) -> Effects:

@@ -20,7 +20,7 @@ import polars as pl
 
 from analysis.spread import Spread, pooled
 from sweep.baselines.published import Published, published_for
-from sweep.config import SLICES, Cell
+from sweep.config import SLICES, Cell, frozen
 from sweep.errors import ConfigError
 from sweep.options import option_fields
 from sweep.results import METRICS
@@ -35,6 +35,7 @@ __all__ = [
     "as_list",
     "common_fraction",
     "compact",
+    "comparable",
     "number",
     "pareto_front",
     "rank",
@@ -98,11 +99,16 @@ def rank(runs: pl.DataFrame, by: str = "fvu") -> list[Group]:
     """
     if by not in RANKABLE:
         raise ConfigError(f"--by {by}: no such metric; choose one of {', '.join(RANKABLE)}")
+    found = comparable(runs)
+    return [_group(dict(zip(KEY, key, strict=True)), rows, list(found), by) for key, rows in found.items()]
+
+
+def comparable(runs: pl.DataFrame) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of `KEY`: models in alphabetical order, layers by number."""
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in runs.to_dicts():
         found[tuple(row[name] for name in KEY)].append(row)
-    keys = sorted(found, key=lambda key: (str(key[0]), number(key[1]), *map(str, key[2:])))
-    return [_group(dict(zip(KEY, key, strict=True)), found[key], keys, by) for key in keys]
+    return dict(sorted(found.items(), key=lambda item: (str(item[0][0]), number(item[0][1]), *map(str, item[0][2:]))))
 
 
 def _group(key: Row, runs: list[Row], keys: Sequence[tuple[Any, ...]], by: str) -> Group:
@@ -142,7 +148,7 @@ def _by_cell(runs: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Runs that differ only in their seed, in the order of the seeds."""
     cells: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in sorted(runs, key=lambda row: (number(row["seed"]), row["cell_id"])):
-        same = tuple(tuple(v) if isinstance(v := row[name], list) else v for name in (*OPTIONS, *HISTORY))
+        same = tuple(frozen(row[name]) for name in (*OPTIONS, *HISTORY))
         alone = None if row["kind"] == "cell" else row["cell_id"]  # other transcoders share the options of none
         cells[(*same, alone)].append(row)
     return cells

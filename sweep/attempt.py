@@ -13,7 +13,7 @@ from typing import Any
 
 from sweep.errors import Superseded
 from sweep.paths import CellFolder, write_json
-from sweep.revisions import read_json
+from sweep.revisions import read_object
 
 __all__ = ["Attempt", "slurm_job", "whereabouts"]
 
@@ -47,10 +47,9 @@ class Attempt:
 def newest(folder: CellFolder) -> dict[str, Any]:
     """Token and job of the newest start; empty when there was none or its file is damaged."""
     try:
-        found = read_json(folder.attempt, MAX_BYTES)
+        return read_object(folder.attempt, MAX_BYTES)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def began_in(folder: CellFolder, job: str) -> bool:

@@ -8,25 +8,20 @@ import hashlib
 import json
 import logging
 import socket
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sweep.baselines.family import choose, scan
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
-from sweep.commit import Workplace
+from sweep.commit import Workplace, circumstances
 from sweep.config import SCHEMA_VERSION, Site, StreamConfig
 from sweep.errors import SweepError
 from sweep.evaluate import Evaluation
 from sweep.options import Workflow
 from sweep.paths import ResultsFolder
 from sweep.progress import Report
-from sweep.provenance import git_state, package_versions
 from sweep.results import write_run
 
 __all__ = ["Beside", "baseline_id", "baselines_beside", "commit_baseline"]
@@ -101,7 +96,6 @@ def commit_baseline(one: Beside, evaluation: Evaluation, results: ResultsFolder,
 
 def _row(baseline: Baseline, place: Workplace) -> dict[str, Any]:
     config = place.stream.config
-    git_sha, git_dirty = git_state()
     return {
         "kind": "baseline",
         "status": "done",
@@ -113,19 +107,8 @@ def _row(baseline: Baseline, place: Workplace) -> dict[str, Any]:
         "baseline_hash": baseline.file_hash,
         "baseline_l0": baseline.l0,
         "baseline_model": baseline.trained_on,
-        "tokens_hash": place.tokens.hash,
-        "heldout_hash": place.tokens.heldout_hash,
-        "model_hash": place.model_hash,
-        "n_language_model_tokens": place.harvested.n_tokens_seen,
-        "gang_size": place.gang_size,
-        "seconds": time.monotonic() - place.started,
+        **circumstances(place),
         "host": socket.gethostname(),
-        "device": place.device,
-        "n_threads": torch.get_num_threads(),
-        "versions": json.dumps(package_versions(), sort_keys=True),
-        "git_sha": git_sha,
-        "git_dirty": git_dirty,
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -25,7 +25,7 @@ from sweep.tokens import TokenFile
 from sweep.train import SCORES
 from sweep.transcoder import save_transcoder
 
-__all__ = ["Workplace", "commit"]
+__all__ = ["Workplace", "circumstances", "commit"]
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,31 @@ def metrics(member: Member) -> dict[str, Any]:
     return {**member.evaluation.metrics, "dead_fraction_training": int(dead.sum()) / dead.numel()}
 
 
+def circumstances(place: Workplace) -> dict[str, Any]:
+    """Columns of every row: on which text and weights it was made, when, with what, and how long that took."""
+    git_sha, git_dirty = git_state()
+    return {
+        "tokens_hash": place.tokens.hash,
+        "heldout_hash": place.tokens.heldout_hash,
+        "model_hash": place.model_hash,
+        "n_language_model_tokens": place.harvested.n_tokens_seen,
+        "gang_size": place.gang_size,
+        "seconds": time.monotonic() - place.started,
+        "device": place.device,
+        "n_threads": torch.get_num_threads(),
+        "versions": json.dumps(package_versions(), sort_keys=True),
+        "git_sha": git_sha,
+        "git_dirty": git_dirty,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def run_row(member: Member, place: Workplace) -> dict[str, Any]:
     """The cell's row in `runs`, by the schema of results.py."""
     cell, run = member.cell, member.run
     assert run is not None and member.transcoder is not None
-    seconds = time.monotonic() - place.started
+    made = circumstances(place)
     threshold = member.transcoder.threshold
-    git_sha, git_dirty = git_state()
     losses = [value for _, metric, value in run.state.curve if metric == "loss"]
     return {
         "kind": "cell",
@@ -141,20 +159,9 @@ def run_row(member: Member, place: Workplace) -> dict[str, Any]:
         "threshold": None if threshold is None else float(threshold[0]),
         "source_scale": run.state.source_scale,
         "target_scale": run.state.target_scale,
-        "tokens_hash": place.tokens.hash,
-        "heldout_hash": place.tokens.heldout_hash,
-        "model_hash": place.model_hash,
+        **made,
         "config": json.dumps(cell.flat(identity_only=True), sort_keys=True),
-        "n_language_model_tokens": place.harvested.n_tokens_seen,
-        "gang_size": place.gang_size,
         "attempts": member.status.attempts,
-        "seconds": seconds,
-        "training_tokens_per_second": cell.schedule.steps * cell.schedule.batch_size / seconds,
+        "training_tokens_per_second": cell.schedule.steps * cell.schedule.batch_size / made["seconds"],
         "host": member.status.host,
-        "device": place.device,
-        "n_threads": torch.get_num_threads(),
-        "versions": json.dumps(package_versions(), sort_keys=True),
-        "git_sha": git_sha,
-        "git_dirty": git_dirty,
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

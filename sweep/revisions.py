@@ -21,6 +21,7 @@ __all__ = [
     "layers_in",
     "model_facts",
     "read_json",
+    "read_object",
     "sha256_of_file",
     "weights_hash",
 ]
@@ -188,6 +189,21 @@ def read_json(path: Path, max_bytes: int) -> Any:
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path.name} is larger than {max_bytes} bytes")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Parse a JSON file that may come from anywhere and must hold an object.
+
+    Raises:
+        ValueError: larger than `max_bytes`, not JSON, nested too deeply, or no object.
+    """
+    try:
+        found = read_json(path, max_bytes)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
 
 
 def weights_hash(folder: Path) -> str:

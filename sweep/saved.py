@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sweep.config import Cell, cell_from_json
 from sweep.errors import CheckpointError, ConfigError
 from sweep.paths import CellFolder, ResultsFolder, check_writable
-from sweep.revisions import read_json
+from sweep.revisions import read_object
 from sweep.status import read_status
 
 if TYPE_CHECKING:
@@ -164,12 +164,9 @@ def config_in(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        config = read_json(path, MAX_CONFIG_BYTES)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} cannot be read: it is no JSON object")
-    return config
 
 
 def not_finished(folder: CellFolder) -> str:

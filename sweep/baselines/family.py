@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.errors import BaselineError
-from sweep.revisions import read_json
+from sweep.revisions import read_object
 
 __all__ = ["CONFIG", "PARAMS", "Entry", "choose", "entry_of", "l0_of", "read_config", "scan"]
 
@@ -113,12 +113,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = read_json(path, MAX_CONFIG_BYTES)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
         raise BaselineError(f"{path} cannot be read ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise BaselineError(f"{path} is no JSON object; download it again")
-    return config
 
 
 def choose(entries: Iterable[Entry], layer: int, width: str | None, l0: str, where: str) -> list[Entry]:

@@ -45,8 +45,9 @@ def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) ->
     assert workflow.baselines_dir is not None
     root = Path(workflow.baselines_dir).expanduser().resolve()
     try:
+        entries = scan(root)
         for layer in layers:
-            for entry in choose(scan(root), layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
+            for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
                 check_shapes(entry, model.d_in, model.d_out)
                 if entry.params.suffix == ".safetensors":
                     check_config(entry, layer)

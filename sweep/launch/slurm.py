@@ -30,7 +30,7 @@ from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
 from sweep.options import Workflow
 from sweep.paths import LaunchFolder, ResultsFolder, locked, write_json
-from sweep.revisions import read_json
+from sweep.revisions import read_object
 from sweep.status import Status
 
 __all__ = ["Followed", "SlurmJobs", "Submission", "follow", "live_cells", "sbatch_script", "submit"]
@@ -68,7 +68,7 @@ class Submission:
         """The record in a folder; None where there is none, or it cannot be read."""
         folder = LaunchFolder(root)
         try:
-            found = read_json(folder.submission, MAX_RECORD_BYTES)
+            found = read_object(folder.submission, MAX_RECORD_BYTES)
             jobs = tuple(tuple(str(cell_id) for cell_id in cells) for cells in found["jobs"])
             return cls(folder, jobs, str(found["slurm_id"]))
         except (OSError, ValueError, KeyError, TypeError):
