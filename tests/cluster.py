@@ -135,8 +135,16 @@ class Cluster:
         return next((log.parent.name for log in logs if log.parent.parent == self.root), "")
 
     def is_idle(self) -> bool:
-        lines = self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False).split()
-        return lines == ["idle"] * self.n_nodes
+        return self._node_states() == ["idle"] * self.n_nodes
+
+    def is_idle_again(self) -> bool:
+        """Takes back drained nodes: a restarted controller drains one where it starts a job that still runs there."""
+        if "drained" in self._node_states():
+            self.run("scontrol", "update", f"nodename={','.join(self.nodes)}", "state=resume", check=False)
+        return self.is_idle()
+
+    def _node_states(self) -> list[str]:
+        return self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False).split()
 
     def _spawn(self, name: str, *command: object) -> None:
         with (self.root / f"{name}.out").open("ab") as output:

@@ -47,7 +47,7 @@ def quiet_cluster(cluster: Cluster) -> Iterator[None]:
     for process in cluster.processes():
         if process.is_running() and process.status() == psutil.STATUS_STOPPED:
             process.kill()
-    cluster.wait_until(cluster.is_idle, "the nodes to be idle again")
+    cluster.wait_until(cluster.is_idle_again, "the nodes to be idle again")
 
 
 @pytest.fixture(scope="module")
