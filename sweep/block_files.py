@@ -27,7 +27,7 @@ from safetensors.torch import save
 from sweep.activations import Read
 from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
-from sweep.paths import try_lock, write_atomic, write_json
+from sweep.paths import remove_leftovers, try_lock, write_atomic, write_json
 from sweep.tokens import row_counts
 
 __all__ = ["BlockFiles", "activations_key"]
@@ -101,6 +101,7 @@ class BlockFiles:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path.parent / "about.json", about(self._config, site, self._device))
+        remove_leftovers(path.parent, path.name)
         on_cpu = Activations(*(tensor.cpu() for tensor in activations))
         content = save(on_cpu._asdict(), metadata={CHECKSUM: checksum_of(on_cpu)})
         write_atomic(path, content, durable=False)  # what a crash of the machine leaves behind, the checksum tells

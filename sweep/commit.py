@@ -20,9 +20,9 @@ from sweep.paths import ResultsFolder, write_atomic, write_json
 from sweep.progress import Snapshot
 from sweep.provenance import git_state, package_versions
 from sweep.results import write_run
+from sweep.status import SCORES
 from sweep.summary import summary
 from sweep.tokens import TokenFile
-from sweep.train import SCORES
 from sweep.transcoder import save_transcoder
 
 __all__ = ["Workplace", "circumstances", "commit"]

@@ -17,8 +17,10 @@ from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
 from sweep.config import Cell, Site, cell_from_json
 from sweep.errors import Diverged, Superseded, SweepError
 from sweep.evaluate import Evaluation
+from sweep.leftovers import tidy_cell
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
+from sweep.results import has_row
 from sweep.status import Status, read_status
 from sweep.train import Run
 from sweep.transcoder import Transcoder
@@ -130,7 +132,10 @@ class Gang:
 
 
 def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack) -> Iterator[Member]:
-    """The cells nobody else is at, each locked and with its log open until the stack closes."""
+    """The cells that are to do and nobody else is at, each locked and with its log open until the stack closes.
+
+    A cell may have been finished by another launcher after this one looked.
+    """
     job = slurm_job(os.environ)
     for cell_id in cell_ids:
         folder = results.cell(cell_id)
@@ -140,6 +145,11 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
         elif not began_in(folder, job):
             log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
             continue
+        if has_row(results, cell_id):
+            log.info("cell %s is finished already", cell_id)
+            continue
+        if lock is not None:
+            tidy_cell(results, cell_id)
         attempt = Attempt.begin(folder, job)
         if lock is None:
             wait_for_ghost(folder.lock, stack)

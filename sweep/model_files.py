@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from sweep.config import Model
 from sweep.errors import ModelError
-from sweep.paths import CacheFolder, atomic_directory, locked
+from sweep.paths import CacheFolder, atomic_directory, locked, remove_leftovers
 from sweep.progress import Report
 from sweep.revisions import sha256_of_file
 
@@ -58,8 +57,7 @@ def ensure_model_folder(model: Model, cache: CacheFolder, report: Report) -> Pat
     folder = cache.model(model.model, model.model_revision)
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
-            for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a killed process: the lock is ours
-                shutil.rmtree(stale)
+            remove_leftovers(folder.parent, folder.name)
             with atomic_directory(folder) as partial, quiet_transformers():
                 make(model, partial, report)
     return folder

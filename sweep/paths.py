@@ -22,6 +22,7 @@ __all__ = [
     "ResultsFolder",
     "atomic_directory",
     "locked",
+    "remove_leftovers",
     "try_lock",
     "write_atomic",
     "write_json",
@@ -29,6 +30,9 @@ __all__ = [
 
 OPTIONAL_TABLES = ("contexts",)
 """Tables that a finished cell may lack."""
+
+TEMPORARY = (".tmp", ".old")
+"""How the names of half-written files and of folders that make room end."""
 
 TABLES = ("runs", "curves", "latents", "sequences", *OPTIONAL_TABLES)
 MARK = "Results of sparse transcoder sweeps (format 1)"
@@ -161,6 +165,11 @@ class ResultsFolder:
     def about(self) -> Path:
         return self.root / "README.txt"
 
+    @property
+    def lock(self) -> Path:
+        """Held by a launcher while it writes what launchers write: this folder's mark, sweeps, configs of cells."""
+        return self.root / ".lock"
+
     def table(self, table: str) -> Path:
         return self.root / table
 
@@ -202,8 +211,10 @@ class ResultsFolder:
         self.check()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            if not self.about.exists():
-                write_atomic(self.about, ABOUT.encode())
+            with locked(self.lock):
+                remove_leftovers(self.root)
+                if not self.about.exists():
+                    write_atomic(self.about, ABOUT.encode())
             for name in (*(table for table in TABLES if table not in OPTIONAL_TABLES), "cells", "sweeps"):
                 self.table(name).mkdir(exist_ok=True)
                 check_writable(self.table(name))
@@ -285,6 +296,18 @@ def replace_directory(new: Path, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, aside)
         shutil.rmtree(aside)
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed writers of `name`, or of anything in the folder, left under temporary names.
+
+    The caller holds the lock under which `name` is written, so that whoever wrote them is dead.
+    """
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.suffix in TEMPORARY and path.name.startswith(f".{name}." if name else "."):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

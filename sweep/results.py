@@ -27,6 +27,7 @@ __all__ = [
     "Column",
     "columns_of",
     "fingerprint",
+    "has_row",
     "parquet_bytes",
     "polars_schema",
     "read_row",
@@ -348,6 +349,14 @@ def seal_holds(parquet: bytes) -> bool | None:
     digest.update(b"0" * 64)
     digest.update(whole[place + 64 :])
     return digest.hexdigest().encode() == parquet[place : place + 64]
+
+
+def has_row(results: ResultsFolder, cell_id: str) -> bool:
+    """Whether a cell is finished: its row in `runs` is there, with the bytes it was written with."""
+    try:
+        return seal_holds(results.row("runs", cell_id).read_bytes()) is True
+    except FileNotFoundError:
+        return False
 
 
 def read_row(path: Path) -> dict[str, Any]:

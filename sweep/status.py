@@ -8,10 +8,13 @@ from typing import Any, Literal, get_args
 from sweep.paths import CellFolder, write_json
 from sweep.progress import Snapshot
 
-__all__ = ["State", "Status", "read_status"]
+__all__ = ["SCORES", "State", "Status", "read_status"]
 
 State = Literal["new", "running", "interrupted", "failed", "diverged", "done"]
 MAX_BYTES = 1 << 20
+
+SCORES = ("fvu", "l0", "dead_fraction")
+"""What a status tells of how good a cell is."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from jaxtyping import Int32
 
 from sweep.config import Data, Model
 from sweep.errors import DataError, TooShort
-from sweep.paths import CacheFolder, atomic_directory, locked, write_json
+from sweep.paths import CacheFolder, atomic_directory, locked, remove_leftovers, write_json
 from sweep.progress import Report
 from sweep.revisions import read_json, sha256_of_file
 from sweep.text import documents
@@ -130,6 +130,7 @@ def prepare_tokens(data: Data, model: Model, tokenizer: Tokenizer, cache: CacheF
         except (OSError, ValueError) as error:
             if folder.exists():
                 log.warning("token file %s is damaged (%s): building it again", folder, error)
+        remove_leftovers(folder.parent, folder.name)
         build_tokens(folder, data, tokenizer, identity, report)
         return open_tokens(folder, identity)
 

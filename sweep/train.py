@@ -11,15 +11,13 @@ from sweep.config import Cell, Schedule
 from sweep.errors import Diverged
 from sweep.language_model import Activations
 from sweep.state import TrainState
+from sweep.status import SCORES
 from sweep.step.step import StepReport, train_step_
 
 __all__ = ["Attempt", "Run", "train"]
 
 N_CURVE_POINTS = 200
 """Points on a training curve, whatever its length."""
-
-SCORES = ("fvu", "l0", "dead_fraction")
-"""What a status tells of a cell in training."""
 
 Attempt = Callable[["Run", Callable[[], None]], bool]
 """Calls the function for a run and tells whether it went well; a failure costs the run its place in the gang."""

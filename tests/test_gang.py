@@ -172,6 +172,27 @@ def test_a_cell_somebody_else_is_at_is_left_alone(tmp_path: Path, cache: CacheFo
     assert not folder.status.exists()
 
 
+def test_a_cell_finished_since_it_was_planned_is_not_run_again(
+    unbroken: ResultsFolder, tmp_path: Path, cache: CacheFolder
+) -> None:
+    workflow = make_workflow(tmp_path, cache)
+    results = run_cells(gang_cells()[:1], workflow)
+    status = results.cell(gang_cells()[0].cell_id).status
+    before = status.read_bytes()
+    run_cells(gang_cells()[:2], workflow)
+    assert status.read_bytes() == before
+    for cell in gang_cells()[:2]:
+        same_bytes(unbroken, results, cell)
+        assert read_status(results.cell(cell.cell_id)).attempts == 1
+
+
+def test_a_cell_whose_row_is_damaged_is_run_again(unbroken: ResultsFolder, tmp_path: Path, cache: CacheFolder) -> None:
+    workflow, cell = make_workflow(tmp_path, cache), gang_cells()[0]
+    row = run_cells([cell], workflow).row("runs", cell.cell_id)
+    row.write_bytes(row.read_bytes()[:-1])
+    same_bytes(unbroken, run_cells([cell], workflow), cell)
+
+
 def test_checkpoints_go_when_the_run_is_committed(tmp_path: Path, cache: CacheFolder) -> None:
     cell = gang_cells()[0]
     results = run_cells([cell], make_workflow(tmp_path, cache, keep_checkpoints=False))

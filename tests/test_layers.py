@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
         "sweep.baselines.npz",
         "sweep.baselines.family",
     },
-    {"sweep.baselines.hub", "sweep.baselines.header"},
+    {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {
@@ -78,7 +78,7 @@ TORCH_FREE = {
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
-        "sweep.attempt",
+        "sweep.attempt", "sweep.leftovers",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }

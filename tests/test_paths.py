@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from sweep.errors import ResultsError
-from sweep.paths import CellFolder, ResultsFolder, atomic_directory, locked, try_lock, write_atomic, write_json
+from sweep.paths import (
+    CellFolder,
+    ResultsFolder,
+    atomic_directory,
+    locked,
+    remove_leftovers,
+    try_lock,
+    write_atomic,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -126,3 +135,25 @@ def test_checkpoint_steps_are_sorted_numbers(tmp_path: Path) -> None:
     for step in (300, 20, 5):
         folder.checkpoint(step).mkdir(parents=True)
     assert folder.checkpoint_steps() == [5, 20, 300]
+
+
+def test_remove_leftovers_takes_what_dead_writers_of_that_name_left(tmp_path: Path) -> None:
+    kept = [".ab.x.tmp", "a", "a.tmp", ".a.x", ".a", "a.old"]
+    for name in (*kept, ".a.x.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".a.y.old").mkdir()
+    (tmp_path / ".a.y.old" / "file").touch()
+    remove_leftovers(tmp_path, "a")
+    assert names(tmp_path) == sorted(kept)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept[1:])
+    remove_leftovers(tmp_path / "nothing")
+
+
+def test_remove_leftovers_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".a.x.tmp").symlink_to(tmp_path / "elsewhere")
+    remove_leftovers(tmp_path / "folder")
+    assert names(tmp_path / "elsewhere") == ["file"]

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sweep.launch.plan import Planned
 from sweep.launch.watch import Watcher
 from sweep.paths import CacheFolder, LaunchFolder, ResultsFolder
 from sweep.progress import Snapshot
-from sweep.status import Status
+from sweep.status import Status, read_status
 
 CELLS = [make_cell(top_k=top_k) for top_k in (2, 4, 8)]
 PLANNED = [Planned(cell, (f"top_k={cell.capacity.top_k}",), "new", "") for cell in CELLS]
@@ -70,6 +71,19 @@ def test_a_status_from_before_the_launch_is_no_news(results: ResultsFolder, requ
     rows = list(Watcher(PLANNED, results).rows(queue).values())
     assert [row.word for row in rows] == ["starting", "starting", "waiting"]
     assert rows[0].texts[4] == ""
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_off_by_a_day_changes_nothing(days: int, results: ResultsFolder, queue: Queue) -> None:
+    """Of the job, against the launcher's; before and after the launch."""
+    folder = results.cell(CELLS[0].cell_id)
+    before = Status().changed(state="failed", attempts=3)
+    replace(before, updated_at=before.updated_at + days * 86_400).write(folder)
+    again = Queue([Job((CELLS[0],), 0.0)], [], make_workflow(results.root, CacheFolder(results.root)), queue._folder)
+    assert not again.is_news(CELLS[0].cell_id, read_status(folder))
+    now = before.changed(state="running", attempts=4)
+    replace(now, updated_at=now.updated_at + days * 86_400).write(folder)
+    assert again.is_news(CELLS[0].cell_id, read_status(folder))
 
 
 def test_lines_tell_phases_once_and_ends_once(

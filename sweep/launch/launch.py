@@ -28,8 +28,18 @@ from sweep.launch.slurm import SlurmJobs, follow, live_cells, sbatch_script, sub
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import SlurmSilent
 from sweep.launch.watch import watch_slurm, watching
+from sweep.leftovers import settle
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, check_writable, locked, try_lock, write_atomic, write_json
+from sweep.paths import (
+    LaunchFolder,
+    ResultsFolder,
+    check_writable,
+    locked,
+    remove_leftovers,
+    try_lock,
+    write_atomic,
+    write_json,
+)
 from sweep.progress import silent
 from sweep.provenance import git_state
 
@@ -112,10 +122,9 @@ Backend = Callable[[Queue, Plan, ResultsFolder, Stop], None]
 
 def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: ResultsFolder, run: Backend) -> int:
     """Freeze the configs, run the jobs and show what came of them."""
-    sweep_id = record(plan, results)
+    sweep_id = begin(plan, jobs, results)
     if not jobs:
         return tell(plan.unique, results)
-    freeze_all(jobs, results)
     with launch_folder(results, sweep_id) as folder:
         queue = Queue(jobs, slots, plan.workflow, folder)
         try:
@@ -131,8 +140,7 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
 
 def execute_in_slurm(plan: Plan, jobs: Sequence[Job], options: SlurmOptions, results: ResultsFolder) -> int:
     """Submit what is to run and, unless told not to wait, watch it and what ran already until nothing is left."""
-    record(plan, results)
-    freeze_all(jobs, results)
+    begin(plan, jobs, results)
     sent, problem = submit(jobs, plan.workflow, options, results) if jobs else ([], "")
     for submission in sent:
         console.out.print(f"submitted {plural(len(submission.jobs), 'job')} as Slurm job {submission.slurm_id}")
@@ -197,10 +205,22 @@ def launch_folder(results: ResultsFolder, sweep_id: str) -> Iterator[LaunchFolde
         shutil.rmtree(folder.root)
 
 
-def freeze_all(jobs: Sequence[Job], results: ResultsFolder) -> None:
-    for job in jobs:
-        for cell in job.cells:
-            freeze(cell, results)
+def begin(plan: Plan, jobs: Sequence[Job], results: ResultsFolder) -> str:
+    """Write the sweep's file and freeze the configs of what is to run; returns the sweep's id.
+
+    Side effects: finished cells whose commit was killed after their row come to their end.
+    """
+    with locked(results.lock):
+        remove_leftovers(results.sweeps)
+        sweep_id = record(plan, results)
+        for job in jobs:
+            for cell in job.cells:
+                remove_leftovers(results.cell(cell.cell_id).root, results.cell(cell.cell_id).config.name)
+                freeze(cell, results)
+    for planned in plan.cells:
+        if planned.action == "done":
+            settle(results, planned.cell.cell_id, keep_checkpoints=plan.workflow.keep_checkpoints)
+    return sweep_id
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from sweep.launch import payload
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder
-from sweep.status import Status
+from sweep.paths import LaunchFolder, ResultsFolder
+from sweep.status import Status, read_status
 
 if TYPE_CHECKING:
     import subprocess
@@ -72,7 +72,9 @@ class Queue:
         self.waiting = deque(enumerate(jobs, 1))
         self.running: list[Running] = []
         self.ended: list[Running] = []
-        self._since = time.time()
+        results = ResultsFolder(Path(workflow.results_dir))
+        ids = (cell_id for job in jobs for cell_id in job.cell_ids)
+        self._starts_before = {cell_id: read_status(results.cell(cell_id)).attempts for cell_id in ids}
         self._free = list(slots)
         self._workflow = workflow
         self._folder = folder
@@ -112,8 +114,9 @@ class Queue:
     def n_jobs(self) -> int:
         return len(self.waiting) + len(self.running) + len(self.ended)
 
-    def is_news(self, _cell_id: str, status: Status) -> bool:
-        return status.updated_at >= self._since
+    def is_news(self, cell_id: str, status: Status) -> bool:
+        """Whether the cell has been started since: clocks are not asked, they may be wrong or set meanwhile."""
+        return status.attempts > self._starts_before.get(cell_id, 0)
 
     def ending(self, cell_id: str) -> tuple[str, Path] | None:
         """Why a cell left neither row nor error, and what its process printed, if it has ended."""

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
 from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
 from sweep.paths import CellFolder, ResultsFolder, try_lock
-from sweep.results import seal_holds
+from sweep.results import has_row
 from sweep.status import read_status
 
 __all__ = ["Composed", "Plan", "Planned", "is_locked", "make_plan", "resolve"]
@@ -131,7 +130,8 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
     status = read_status(folder)
     checkpoints = folder.checkpoint_steps()
     if row.exists():
-        return ("done", "its row is there") if is_whole(row) else ("retry", f"its row {row} is damaged")
+        done = has_row(results, cell.cell_id)
+        return ("done", "its row is there") if done else ("retry", f"its row {row} is damaged")
     if cell.cell_id in elsewhere:
         return "running", elsewhere[cell.cell_id]
     if is_locked(folder):
@@ -142,11 +142,6 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
     if checkpoints:
         return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
     return "new", "started before, without a checkpoint" if status.attempts else ""
-
-
-def is_whole(parquet: Path) -> bool:
-    """Whether a row has the bytes it was written with."""
-    return seal_holds(parquet.read_bytes()) is True
 
 
 def is_locked(folder: CellFolder) -> bool:
