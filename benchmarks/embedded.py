@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sweep.activations import ActivationStream
-from sweep.blocks import HarvestedBlocks, with_cache
+from sweep.blocks import HarvestedBlocks, from_model, with_cache
 from sweep.config import Cell
-from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.language_model import ensure_model_folder, load_tokenizer
 from sweep.launch.register import register
 from sweep.options import cell_from_options
 from sweep.paths import CacheFolder
@@ -48,11 +47,7 @@ def prepare(cells: Sequence[Cell], cache: Path, *, cached: bool = True, report: 
     config, sites = cells[0].stream, list(dict.fromkeys(cell.site for cell in cells))
     folder = ensure_model_folder(config.model, CacheFolder(cache), report)
     tokens = prepare_tokens(config.data, config.model, load_tokenizer(folder), CacheFolder(cache), report)
-
-    def load() -> LanguageModel:
-        return load_language_model(config.model, folder, "cpu", getattr(torch, config.data.activation_dtype))
-
-    harvested = HarvestedBlocks(tokens, load, report)
+    harvested = from_model(config, folder, tokens, "cpu", report)
     gib = 64.0 if cached else 0.0
     blocks = with_cache(harvested, config, sites, weights_hash(folder), "cpu", CacheFolder(cache), gib)
     return Prepared(ActivationStream(config, blocks, sites), harvested)

@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from sweep.activations import Batch, Demand, Read
 from sweep.block_files import BlockFiles, activations_key
 from sweep.config import Site, StreamConfig
-from sweep.language_model import LanguageModel
+from sweep.language_model import LanguageModel, load_language_model
 from sweep.paths import CacheFolder
 from sweep.progress import Report
 from sweep.tokens import ROWS_PER_BLOCK, TokenFile, row_bytes, row_counts
 
-__all__ = ["CachedBlocks", "HarvestedBlocks", "with_cache"]
+__all__ = ["CachedBlocks", "HarvestedBlocks", "from_model", "with_cache"]
 
 LEAST_FREE = 0.1
 """Share of the disk's free space that the cache leaves to checkpoints and results."""
@@ -84,6 +85,21 @@ class HarvestedBlocks:
 
     def _rows(self, split: str) -> NDArray:  # type: ignore[type-arg]
         return getattr(self.tokens, split)
+
+
+def from_model(
+    config: StreamConfig, folder: Path, tokens: TokenFile, device: str, report: Report, check: Collection[Site] = ()
+) -> HarvestedBlocks:
+    """Blocks of these tokens from the model in `folder`, whose hooks at `check` are looked at once it is loaded."""
+
+    def load() -> LanguageModel:
+        report("load language model", 0, 0, "")
+        model = load_language_model(config.model, folder, device, getattr(torch, config.data.activation_dtype))
+        for site in check:
+            model.check(site, config.model.d_in, config.model.d_out)
+        return model
+
+    return HarvestedBlocks(tokens, load, report)
 
 
 class CachedBlocks:

@@ -18,7 +18,7 @@ import torch
 from sweep import checkpoint
 from sweep.activations import ActivationStream
 from sweep.beside import Beside, baselines_beside, commit_baseline
-from sweep.blocks import HarvestedBlocks, with_cache
+from sweep.blocks import from_model, with_cache
 from sweep.commit import Workplace, commit
 from sweep.config import Model
 from sweep.errors import Interrupted, ModelError, SweepError
@@ -26,7 +26,7 @@ from sweep.evaluate import Evaluation, evaluate
 from sweep.finish import finish
 from sweep.gang import Gang, Member, join
 from sweep.initialise import initial_state
-from sweep.language_model import Activations, LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.language_model import Activations, ensure_model_folder, load_tokenizer
 from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Progress, Report
@@ -112,12 +112,7 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
     tokenizer = load_tokenizer(folder)
     tokens = prepare_tokens(config.data, config.model, tokenizer, cache, report)
     model_hash = weights_hash(folder)
-
-    def load() -> LanguageModel:
-        report("load language model", 0, 0, "")
-        return load_language_model(config.model, folder, device, getattr(torch, config.data.activation_dtype))
-
-    harvested = HarvestedBlocks(tokens, load, report)
+    harvested = from_model(config, folder, tokens, device, report)
     blocks = with_cache(harvested, config, gang.sites, model_hash, device, cache, workflow.cache_gib)
     demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
     harvested.n_expected = blocks.n_missing(demand, gang.sites)

@@ -18,7 +18,7 @@ from sweep.status import read_status
 if TYPE_CHECKING:
     from sweep.transcoder import Transcoder
 
-__all__ = ["Saved", "check_layer", "check_output", "open_saved"]
+__all__ = ["Saved", "check_layer", "check_output", "open_saved", "read_cell"]
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -102,7 +102,7 @@ WHAT_TO_NAME = "name the folder of a finished cell, results/cells/<cell_id>"
 
 
 def in_cell(folder: CellFolder) -> Saved:
-    cell = parse(folder.config, config_in(folder.root))
+    cell = read_cell(folder)
     belongs_to = config_in(folder.transcoder).get("cell_id")
     if belongs_to != cell.cell_id:
         raise CheckpointError(f"{folder.transcoder} is of cell {belongs_to}, but {folder.config} is {cell.cell_id}'s")
@@ -144,6 +144,15 @@ def check_output(folder: Path) -> None:
         check_writable(there)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder} cannot be written to ({error}); choose another") from error
+
+
+def read_cell(folder: CellFolder) -> Cell:
+    """The cell whose folder it is.
+
+    Raises:
+        CheckpointError: its config cannot be read, or holds what no cell of this version may.
+    """
+    return parse(folder.config, config_in(folder.root))
 
 
 def parse(path: Path, value: Any) -> Cell:

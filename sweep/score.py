@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from sweep.activations import Batch
-from sweep.blocks import CachedBlocks, HarvestedBlocks, with_cache
-from sweep.config import Cell, Site, StreamConfig
+from sweep.blocks import CachedBlocks, HarvestedBlocks, from_model, with_cache
+from sweep.config import Cell, Site
 from sweep.errors import ConfigError, TooShort
 from sweep.evaluate import evaluate
 from sweep.job import pick_device
-from sweep.language_model import Activations, LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
+from sweep.language_model import Activations, ensure_model_folder, load_tokenizer
 from sweep.metrics import Metrics
 from sweep.paths import CacheFolder, write_atomic, write_json
 from sweep.progress import Report
@@ -124,21 +124,11 @@ class Rows:
             yield {site: Activations(a.source[:n_tokens], a.target[:n_tokens]) for site, a in batch.items()}
 
     def _source(self, sites: list[Site]) -> CachedBlocks | HarvestedBlocks:
-        cell = self._cell
-
-        def load() -> LanguageModel:
-            self._report("load language model", 0, 0, "")
-            dtype = getattr(torch, cell.data.activation_dtype)
-            model = load_language_model(cell.model, self._folder, self._device, dtype)
-            for site in sites:
-                model.check(site, cell.model.d_in, cell.model.d_out)
-            return model
-
-        harvested = HarvestedBlocks(self._tokens, load, self._report)
-        harvested.n_expected = self._n_rows * cell.data.seq_len
+        config = self._cell.stream
+        harvested = from_model(config, self._folder, self._tokens, self._device, self._report, check=sites)
+        harvested.n_expected = self._n_rows * config.data.seq_len
         if not len(self._tokens.train):  # rows that no sweep reads need no place in its cache
             return harvested
-        config = StreamConfig(cell.model, cell.data, cell.schedule.batch_size)
         return with_cache(harvested, config, sites, self.model_hash, self._device, self._cache, float("inf"))
 
 

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from make import write_cell
 from typer.testing import CliRunner, Result
 
 from sweep.__main__ import app
+from sweep.paths import ResultsFolder
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name for command in app.registered_commands]
@@ -55,3 +57,22 @@ def test_a_mistyped_option_is_refused_with_a_hint() -> None:
     refused = run("evaluate", "--chekpoint", "x")
     assert refused.exit_code == 2
     assert "--checkpoint" in refused.output
+
+
+@pytest.mark.parametrize("command", ["status", "collect"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read"), ("{}", "is not the config of a cell of this version"), (" " * 2_000_000, "larger than")],
+)
+def test_a_cell_whose_config_cannot_be_read_is_one_message(
+    command: str, content: str, message: str, tmp_path: Path
+) -> None:
+    write_cell(tmp_path, "a")
+    config = ResultsFolder(tmp_path).cell("a").config
+    config.parent.mkdir(parents=True)
+    config.write_text(content)
+    refused = run(command, tmp_path)
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert refused.stderr.endswith("; move its folder away\n")
+    assert len(refused.stderr.splitlines()) == 1

@@ -1,18 +1,16 @@
 """What a results folder tells of all its cells and their jobs, from any machine that sees it."""
 
-from sweep.config import cell_from_json
-from sweep.errors import ResultsError
+from sweep.errors import CheckpointError, ResultsError
 from sweep.launch.console import out, plural
 from sweep.launch.outcome import DONE, tell
 from sweep.launch.plan import Planned, is_locked, look_up
 from sweep.launch.slurm import SlurmJobs
 from sweep.launch.squeue import SlurmSilent, scancel
 from sweep.launch.watch import Watcher, watch_slurm
-from sweep.paths import ResultsFolder
+from sweep.paths import CellFolder, ResultsFolder
+from sweep.saved import read_cell
 
 __all__ = ["cancel", "cells_of", "collect", "status", "watch"]
-
-MAX_CONFIG_BYTES = 1 << 20
 
 
 def cells_of(results: ResultsFolder) -> list[Planned]:
@@ -25,11 +23,9 @@ def cells_of(results: ResultsFolder) -> list[Planned]:
     cells = []
     for path in sorted(results.root.glob("cells/*/config.json")):
         try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-            cell = cell_from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ResultsError(f"{path} is no config of a cell ({error}); move its folder away") from error
+            cell = read_cell(CellFolder(path.parent))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; move its folder away") from error
         cells.append(Planned(cell, (), *look_up(cell, results, {})))
     if not cells:
         raise ResultsError(f"{results.root} holds no cells; name the results_dir of a sweep")
