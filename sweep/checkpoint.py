@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from sweep.config import Cell
 from sweep.errors import CheckpointError
-from sweep.paths import CellFolder, atomic_directory, write_json
+from sweep.paths import CellFolder, atomic_directory, remove_directory, write_json
 from sweep.revisions import read_json, sha256_of_file
+from sweep.schedule import stage_before
 from sweep.state import TrainState
 
-__all__ = ["load_latest", "save"]
+__all__ = ["forget_after", "load_latest", "save"]
 
 KEPT = 2
 FORMAT_VERSION = 2
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 
 def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[str, str]) -> None:
-    """Write the state's checkpoint and remove all but the last two. `belongs_to` holds hashes of its inputs.
+    """Write the state's checkpoint and remove all but the last two, and the one a run would go back to if its loss
+    stopped being a number. `belongs_to` holds hashes of its inputs.
 
     Side effects: `checkpoints/step_<n>` appears by one rename; older ones go after it is there.
     """
@@ -45,8 +47,17 @@ def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[
         sizes = {name: (partial / name).stat().st_size for name in FILES}
         hashes = {name: sha256_of_file(partial / name) for name in FILES}
         write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes})
-    for step in folder.checkpoint_steps()[:-KEPT]:
-        shutil.rmtree(folder.checkpoint(step), ignore_errors=True)  # a start that took over may be at it too
+    steps = folder.checkpoint_steps()
+    resort = max((step for step in steps if step <= stage_before(state.step, cell.schedule)), default=None)
+    for step in steps[:-KEPT]:
+        if step != resort:
+            shutil.rmtree(folder.checkpoint(step), ignore_errors=True)  # a start that took over may be at it too
+
+
+def forget_after(step: int, folder: CellFolder) -> None:
+    """Remove the checkpoints after a step, the newest first, each in one rename: a run that goes back made them."""
+    for later in reversed([found for found in folder.checkpoint_steps() if found > step]):
+        remove_directory(folder.checkpoint(later))
 
 
 def identity(cell: Cell, belongs_to: Mapping[str, str]) -> dict[str, Any]:

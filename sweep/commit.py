@@ -74,7 +74,7 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
         },
     )
     scores = {name: row[name] for name in SCORES}
-    member.set_status(state="done", step=run.state.step, progress=Snapshot(), **scores)
+    member.set_status(state="done", progress=Snapshot(), **run.standing() | scores)
     member.log.info("done: fvu %s at l0 %s", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
@@ -156,6 +156,8 @@ def run_row(member: Member, place: Workplace) -> dict[str, Any]:
         **{key: list(value) if isinstance(value, tuple) else value for key, value in cell.flat().items()},
         **metrics(member),
         "final_loss": losses[-1],
+        "rollbacks": len(run.state.rollbacks),
+        "lr_factor": run.state.lr_factor,
         "threshold": None if threshold is None else float(threshold[0]),
         "source_scale": run.state.source_scale,
         "target_scale": run.state.target_scale,

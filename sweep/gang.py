@@ -68,8 +68,7 @@ class Member:
         """Say what the gang is at and how far the cell is, at most every HEARTBEAT_SECONDS."""
         if time.monotonic() - self.last_beat <= HEARTBEAT_SECONDS:
             return
-        values = {} if self.run is None else {"step": self.run.state.step, **self.run.scores()}
-        self.set_status(durable=False, progress=progress, **values)
+        self.set_status(durable=False, progress=progress, **({} if self.run is None else self.run.standing()))
 
 
 @dataclass
@@ -119,6 +118,7 @@ class Gang:
             member.set_status(
                 state="diverged" if isinstance(error, Diverged) else "failed",
                 failures=member.status.failures + 1,
+                **({} if member.run is None else member.run.standing()),
                 error={
                     "class": type(error).__name__,
                     "message": str(error),

@@ -74,7 +74,7 @@ def interrupt(member: Member) -> None:
     """Save the member where it stands."""
     if member.run:
         member.run.checkpoint()
-        member.set_status(step=member.run.state.step)
+        member.set_status(**member.run.standing())
     member.set_status(state="interrupted")
 
 
@@ -135,23 +135,26 @@ def start(member: Member, place: Workplace, workflow: Workflow) -> None:
     """Give the member its run: resumed, or fresh from the first window of its own site."""
     cell = member.cell
     belongs_to = {"tokens_hash": place.tokens.hash, "model_hash": place.model_hash}
-    state = checkpoint.load_latest(member.folder, cell, belongs_to, place.device)
-    if state is None:
-        window = place.stream.first_window()[cell.site]
-        check_widths(window, cell.model)
-        state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
-    member.log.info("start at step %d of %d", state.step, cell.schedule.steps)
+
+    def begin() -> TrainState:
+        state = checkpoint.load_latest(member.folder, cell, belongs_to, place.device)
+        if state is None:
+            window = place.stream.first_window()[cell.site]
+            check_widths(window, cell.model)
+            state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
+        return state
+
+    def back(step: int) -> TrainState:
+        member.attempt.check()
+        checkpoint.forget_after(step, member.folder)
+        return begin()
 
     def save(state: TrainState) -> None:
         member.attempt.check()
         checkpoint.save(state, member.folder, cell, belongs_to)
 
-    member.run = Run(
-        cell,
-        state,
-        save=save,
-        checkpoint_steps=workflow.checkpoint_steps,
-    )
+    member.run = Run(cell, begin(), save=save, back=back, checkpoint_steps=workflow.checkpoint_steps)
+    member.log.info("start at step %d of %d", member.run.state.step, cell.schedule.steps)
 
 
 def check_widths(window: Activations, model: Model) -> None:

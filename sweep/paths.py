@@ -22,6 +22,7 @@ __all__ = [
     "ResultsFolder",
     "atomic_directory",
     "locked",
+    "remove_directory",
     "remove_leftovers",
     "try_lock",
     "write_atomic",
@@ -292,10 +293,15 @@ def replace_directory(new: Path, path: Path) -> None:
                 raise
         else:
             return
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, aside)
-        shutil.rmtree(aside)
+        remove_directory(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Make a folder vanish in one rename, and then from the disk; nothing happens if it is not there."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:

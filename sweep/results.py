@@ -165,6 +165,8 @@ RUNS = (
     Column("baseline_model", "string", "the language model it was trained on"),
     Column("remarks", "string", "what looks wrong about a baseline, such as an L0 far from its authors'"),
     Column("final_loss", "float64", "training loss of the last step", unit="1"),
+    Column("rollbacks", "int64", "times it went back because its loss was no number", unit="1"),
+    Column("lr_factor", "float64", "what lr was multiplied by in the end: a half for each rollback", unit="1"),
     Column(
         "threshold",
         "float64",

@@ -1,10 +1,13 @@
-"""The learning rate of a step: pure."""
+"""The learning rate of a step, and where a run goes back to when its loss is no number: pure."""
 
 import math
 
 from sweep.config import Schedule
 
-__all__ = ["learning_rate"]
+__all__ = ["is_stage", "learning_rate", "stage_before"]
+
+N_STAGES = 20
+"""Parts of a run. Their ends are where its weights are looked at, and where it may go back to."""
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
@@ -22,3 +25,18 @@ def learning_rate(step: int, schedule: Schedule) -> float:
     if schedule.decay == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return schedule.lr * (1 - progress) + schedule.min_lr * progress
+
+
+def stage_steps(schedule: Schedule) -> int:
+    return max(schedule.steps // N_STAGES, 1)
+
+
+def is_stage(step: int, schedule: Schedule) -> bool:
+    """Whether a stage ends after so many steps; the last step always ends one."""
+    return step % stage_steps(schedule) == 0 or step == schedule.steps
+
+
+def stage_before(step: int, schedule: Schedule) -> int:
+    """The end of the last stage before a step, in steps taken; 0 in the first stage."""
+    every = stage_steps(schedule)
+    return max(step - 1, 0) // every * every

@@ -14,6 +14,9 @@ __all__ = ["CurvePoint", "TrainState"]
 CurvePoint = tuple[int, str, float]
 """Step, metric, value."""
 
+LOWERED = 0.5
+"""Factor on the learning rate for each time a run went back."""
+
 
 @dataclass
 class TrainState:
@@ -21,7 +24,8 @@ class TrainState:
 
     `step` counts finished steps. `curve` holds what has been logged so far, so that a resumed run ends with the
     same curve. Scales are the recorded factors that give source and target unit mean square. `threshold` is the
-    smallest latent of the last batch top-k: the next selection starts its search just below it.
+    smallest latent of the last batch top-k: the next selection starts its search just below it. `rollbacks` holds, for
+    each time the run went back, the step from which on its learning rate is lowered.
     """
 
     step: int
@@ -33,6 +37,7 @@ class TrainState:
     target_scale: float
     threshold: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
+    rollbacks: list[int] = field(default_factory=list)
 
     @classmethod
     def initial(cls, params: Parameters, source_scale: float, target_scale: float) -> "TrainState":
@@ -46,6 +51,11 @@ class TrainState:
             source_scale=source_scale,
             target_scale=target_scale,
         )
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rate of the next step is multiplied by: lowered once for each rollback that covers it."""
+        return LOWERED ** sum(begin <= self.step for begin in self.rollbacks)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under a unique name."""
@@ -61,6 +71,7 @@ class TrainState:
             "target_scale": self.target_scale,
             "threshold": self.threshold,
             "curve": self.curve,
+            "rollbacks": self.rollbacks,
         }
 
     @classmethod
@@ -81,4 +92,5 @@ class TrainState:
             target_scale=scalars["target_scale"],
             threshold=scalars["threshold"],
             curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
+            rollbacks=[int(step) for step in scalars.get("rollbacks", [])],  # older checkpoints have none
         )

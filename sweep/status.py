@@ -29,6 +29,7 @@ class Status:
     state: State = "new"
     step: int = 0
     steps: int = 0
+    rollbacks: int = 0
     attempts: int = 0
     failures: int = 0
     error: dict[str, str] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Status:
 
     def is_sound(self) -> bool:
         """Whether every field has the type it should: the file may have been damaged or written by a stranger."""
-        counts = (self.step, self.steps, self.attempts, self.failures, self.pid, self.progress.done)
+        counts = (self.step, self.steps, self.rollbacks, self.attempts, self.failures, self.pid, self.progress.done)
         numbers = (self.updated_at, self.progress.per_second, self.progress.seconds_left)
         texts = (*self.error.values(), self.host, self.job, self.progress.phase, self.progress.unit)
         scores = (self.fvu, self.l0, self.dead_fraction)

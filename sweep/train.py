@@ -1,15 +1,24 @@
-"""The loop: one batch of the stream, one step of every cell of the gang."""
+"""The loop: one batch of the stream, one step of every cell of the gang.
 
+A run whose loss stops being a number goes back and tries again with half the learning rate: first to the end of the
+last stage before, then to the start. The step it goes back to follows from the cell and the step of the failure alone,
+and from where on the rate is lower is part of the state; so any earlier state leads to the same bytes, whichever
+checkpoints happen to be there. The others of the gang wait for it.
+"""
+
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 from sweep.activations import ActivationStream
 from sweep.config import Cell, Schedule
 from sweep.errors import Diverged
 from sweep.language_model import Activations
+from sweep.schedule import is_stage, stage_before
 from sweep.state import TrainState
 from sweep.status import SCORES
 from sweep.step.step import StepReport, train_step_
@@ -19,17 +28,25 @@ __all__ = ["Attempt", "Run", "train"]
 N_CURVE_POINTS = 200
 """Points on a training curve, whatever its length."""
 
+MAX_ROLLBACKS = 2
+
+log = logging.getLogger(__name__)
+
 Attempt = Callable[["Run", Callable[[], None]], bool]
 """Calls the function for a run and tells whether it went well; a failure costs the run its place in the gang."""
 
 
 @dataclass
 class Run:
-    """One attempt at a cell: its state, and where it saves."""
+    """One attempt at a cell: its state, and where it saves.
+
+    `back` gives an earlier state, of the step it is asked for or before, and forgets the checkpoints after that step.
+    """
 
     cell: Cell
     state: TrainState
     save: Callable[[TrainState], None]
+    back: Callable[[int], TrainState]
     checkpoint_steps: int
 
     @property
@@ -37,29 +54,58 @@ class Run:
         return self.state.step >= self.cell.schedule.steps
 
     def advance(self, activations: Activations) -> None:
-        """One training step, then log and save when due.
+        """One training step, then log and save when due; or back to an earlier step, if the loss is not finite.
 
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: the loss is not finite, nor did it stay so with lower learning rates.
         """
         step = self.state.step
         report = train_step_(self.state, *activations, self.cell.capacity, self.cell.schedule, self.cell.revival)
         if not math.isfinite(float(report.loss.total)):
-            raise Diverged(f"the loss of step {step} is {float(report.loss.total)}; try a lower lr than {report.lr:g}")
+            self._go_back(step, f"the loss of step {step} is {float(report.loss.total)} at lr {report.lr:g}")
+            return
+        if is_stage(step + 1, self.cell.schedule) and not self.usable:
+            self._go_back(step + 1, f"the weights are not finite after step {step} at lr {report.lr:g}")
+            return
         self._log(step, report)
         if self.finished or (self.checkpoint_steps and self.state.step % self.checkpoint_steps == 0):
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Save the state, but never one that cannot be used.
+        """Save the state, but never one that cannot be used: the next stage's end finds that out, or the next loss."""
+        if self.checkpoint_steps and self.usable:
+            self.save(self.state)
+
+    @property
+    def usable(self) -> bool:
+        """Whether every parameter is finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors())
+
+    def _go_back(self, step: int, reason: str) -> None:
+        """Take up an earlier state, with half the learning rate from there on.
 
         Raises:
-            Diverged: a parameter is not finite.
+            Diverged: that was tried often enough.
         """
-        if not all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors()):
-            raise Diverged(f"the weights are not finite after step {self.state.step}; try a lower lr")
-        if self.checkpoint_steps:
-            self.save(self.state)
+        rollbacks = self.state.rollbacks
+        if len(rollbacks) == MAX_ROLLBACKS:
+            raise Diverged(f"{reason}, which was lowered {MAX_ROLLBACKS} times already; try a lower lr")
+        target = 0 if rollbacks else stage_before(step, self.cell.schedule)
+        self.state = self.back(target)
+        self.state.rollbacks = [*rollbacks, target]
+        log.info(
+            "cell %s: %s; back to step %d, with half the lr from step %d on",
+            self.cell.cell_id,
+            reason,
+            self.state.step,
+            target,
+            extra={"cell_id": self.cell.cell_id},
+        )
+        self.checkpoint()
+
+    def standing(self) -> dict[str, Any]:
+        """What a status tells of the run: how far it is, how often it went back, and its scores."""
+        return {"step": self.state.step, "rollbacks": len(self.state.rollbacks), **self.scores()}
 
     def scores(self) -> dict[str, float]:
         """FVU, L0 and dead fraction at the last point on the curve: of a training batch, by the training rule."""
@@ -90,16 +136,15 @@ def train(
 
     `after_step` is called with the number of finished steps once per step of the gang.
     """
-    gang = [run for run in runs if not run.finished]
-    if not gang:
-        return
-    start = min(run.state.step for run in gang)
-    until = max(run.cell.schedule.steps for run in gang)
-    for step, batch in stream.batches(start, until):
-        for run in list(gang):
-            due = run.state.step == step and not run.finished
-            if due and not attempt(run, partial(run.advance, batch[run.cell.site])):
-                gang.remove(run)
-        after_step(step + 1)
-        if not gang:
-            return
+    gang = list(runs)
+    while gang := [run for run in gang if not run.finished]:
+        start = min(run.state.step for run in gang)
+        until = max(run.cell.schedule.steps for run in gang)
+        for step, batch in stream.batches(start, until):
+            for run in list(gang):
+                due = run.state.step == step and not run.finished
+                if due and not attempt(run, partial(run.advance, batch[run.cell.site])):
+                    gang.remove(run)
+            after_step(step + 1)
+            if not gang or any(run.state.step <= step for run in gang):
+                break  # one went back: from there again

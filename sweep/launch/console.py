@@ -126,15 +126,22 @@ def show_results(cells: Sequence[Planned], metrics: Mapping[str, Mapping[str, An
     if not done:
         return
     columns = varied(cells)
-    table = Table("cell", *columns, *SCORES, box=None, pad_edge=False)
+    went_back = [planned for planned in done if metrics[planned.cell.cell_id].get("rollbacks")]
+    shown = (*SCORES, *(("lr_factor",) if went_back else ()))
+    table = Table("cell", *columns, *shown, box=None, pad_edge=False)
     for planned in sorted(done, key=lambda p: sort_key(metrics[p.cell.cell_id].get("fvu"))):
         flat, scores = planned.cell.flat(), metrics[planned.cell.cell_id]
         table.add_row(
             planned.cell.cell_id,
             *(readable(flat[name]) for name in columns),
-            *(readable(scores.get(name)) for name in SCORES),
+            *(readable(scores.get(name)) for name in shown),
         )
     out.print(table)
+    if went_back:
+        out.print(
+            f"lr_factor: {plural(len(went_back), 'cell')} went back to an earlier step with a lower lr, because the "
+            "loss was no longer a number"
+        )
 
 
 def sort_key(value: float | None) -> float:

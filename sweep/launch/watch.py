@@ -117,6 +117,8 @@ class Watcher:
             if not jobs.is_news(cell.cell_id, status):
                 status = replace(status, state="new", progress=Snapshot(), fvu=None, l0=None, dead_fraction=None)
             word = status.progress.phase if status.state in ("running", "new") else status.state
+            if status.rollbacks and status.state == "running":
+                word += f" (went back: {status.rollbacks})"
             rows[cell.cell_id] = Row(cell, words.get(cell.cell_id) or word or "starting", status)
         return rows
 

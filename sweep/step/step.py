@@ -67,7 +67,7 @@ def train_step_(
     dtype = state.params.W_enc.dtype
     scaled_source = source.to(dtype) * state.source_scale
     scaled_target = target.to(dtype) * state.target_scale
-    lr = learning_rate(state.step, schedule)
+    lr = learning_rate(state.step, schedule) * state.lr_factor
     loss = learn_(state, scaled_source, scaled_target, capacity, revival, dead, lr, schedule.betas)
     state.batches_since_fired += 1
     state.batches_since_fired[loss.fired] = 0

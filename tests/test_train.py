@@ -1,0 +1,147 @@
+"""A run whose loss stops being a number goes back with a lower learning rate; whatever else happens, to the same bytes.
+
+The fault: a step at a learning rate above LIMIT leaves weights and loss without a number, as an overflow would.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from gangs import make_workflow, run_cells, same_bytes
+from make import make_cell
+
+from sweep import checkpoint, train
+from sweep.errors import Interrupted
+from sweep.paths import CacheFolder, ResultsFolder
+from sweep.state import TrainState
+from sweep.status import read_status
+from sweep.step.step import StepReport, train_step_
+
+LIMIT = 6e-3
+HEALTHY, ONCE, TWICE, NEVER = (make_cell(lr=lr, steps=40, warmup_steps=20) for lr in (5e-3, 1e-2, 2e-2, 4e-2))
+CELLS = [HEALTHY, ONCE, TWICE, NEVER]
+
+
+class Killed(BaseException):
+    """The end of a process, as far as the code that runs in it can tell."""
+
+
+def break_steps(patch: pytest.MonkeyPatch) -> None:
+    def faulty(state: TrainState, *arguments: Any) -> StepReport:
+        report = train_step_(state, *arguments)
+        if report.lr <= LIMIT:
+            return report
+        state.params.W_enc.fill_(torch.nan)
+        return replace(report, loss=replace(report.loss, total=report.loss.total * torch.nan))
+
+    patch.setattr(train, "train_step_", faulty)
+
+
+@pytest.fixture(autouse=True)
+def fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_steps(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> ResultsFolder:
+    with pytest.MonkeyPatch.context() as patch:
+        break_steps(patch)
+        return run_cells(CELLS, make_workflow(tmp_path_factory.mktemp("unbroken"), cache))
+
+
+def rates(results: ResultsFolder, cell_id: str) -> dict[int, float]:
+    """The learning rate of each step."""
+    curve = pl.read_parquet(results.row("curves", cell_id)).filter(pl.col("metric") == "lr")
+    return dict(zip(curve["step"].to_list(), curve["value"].to_list(), strict=True))
+
+
+def test_a_run_goes_back_once_to_the_end_of_a_stage_then_to_the_start(unbroken: ResultsFolder) -> None:
+    found = pl.read_parquet(sorted(unbroken.table("runs").glob("*.parquet"))).sort("lr")
+    assert found["rollbacks"].to_list() == [0, 1, 2]
+    assert found["lr_factor"].to_list() == [1.0, 0.5, 0.25]
+    healthy, once, twice = (rates(unbroken, cell.cell_id) for cell in (HEALTHY, ONCE, TWICE))
+    for step in range(40):  # the last two fail first in steps 12 and 6, so go back to 10 and 4
+        assert once[step] == pytest.approx(healthy[step] * (2 if step < 10 else 1))
+        assert twice[step] == pytest.approx(healthy[step] * (2 if step < 4 else 1))
+
+
+def test_a_run_that_fails_a_third_time_has_diverged(unbroken: ResultsFolder) -> None:
+    status = read_status(unbroken.cell(NEVER.cell_id))
+    assert (status.state, status.rollbacks, status.failures) == ("diverged", 2, 1)
+    assert "lowered 2 times already; try a lower lr" in status.error["message"]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_gang_changes_no_byte_of_it(
+    unbroken: ResultsFolder, index: int, tmp_path: Path, cache: CacheFolder
+) -> None:
+    same_bytes(unbroken, run_cells([CELLS[index]], make_workflow(tmp_path, cache)), CELLS[index])
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 100])
+def test_checkpoints_change_no_byte_of_it(
+    unbroken: ResultsFolder, checkpoint_steps: int, tmp_path: Path, cache: CacheFolder
+) -> None:
+    results = run_cells([ONCE, TWICE], make_workflow(tmp_path, cache, checkpoint_steps=checkpoint_steps))
+    for cell in (ONCE, TWICE):
+        same_bytes(unbroken, results, cell)
+
+
+@pytest.mark.parametrize("after", [9, 14, 30])
+def test_stops_before_and_after_change_no_byte_of_it(
+    unbroken: ResultsFolder, after: int, tmp_path: Path, cache: CacheFolder
+) -> None:
+    """`after` counts the steps of the gang, those it takes again included."""
+    n_steps = 0
+
+    def report(phase: str, _done: int, _total: int, _unit: str) -> None:
+        nonlocal n_steps
+        n_steps += phase == "train"
+
+    with pytest.raises(Interrupted):
+        run_cells(CELLS, make_workflow(tmp_path, cache), report, stop=lambda: n_steps >= after)
+    results = run_cells(CELLS, make_workflow(tmp_path, cache))
+    for cell in CELLS[:3]:
+        same_bytes(unbroken, results, cell)
+    assert read_status(results.cell(NEVER.cell_id)).state == "diverged"
+
+
+@pytest.mark.parametrize("n_survived", [0, 1, 3])
+def test_a_kill_while_it_goes_back_changes_no_byte_of_it(
+    unbroken: ResultsFolder, n_survived: int, tmp_path: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_done = 0
+
+    def dying(action: Callable[..., None]) -> Callable[..., None]:
+        def act(*arguments: Any) -> None:
+            nonlocal n_done
+            if n_done == n_survived:
+                raise Killed
+            n_done += 1
+            action(*arguments)
+
+        return act
+
+    workflow = make_workflow(tmp_path, cache, checkpoint_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_directory", dying(checkpoint.remove_directory))
+        with pytest.raises(Killed):
+            run_cells([TWICE], workflow)
+    same_bytes(unbroken, run_cells([TWICE], workflow), TWICE)
+
+
+def test_checkpoints_of_a_run_hold_one_it_can_go_back_to(tmp_path: Path, cache: CacheFolder) -> None:
+    """200 steps are stages of 10: the last two of 181 to 199 are too young, if step 199 fails."""
+    cell = make_cell(lr=1e-3, steps=200)
+    seen: list[list[int]] = []
+
+    def report(phase: str, done: int, _total: int, _unit: str) -> None:
+        if phase == "train" and done == 199:
+            seen.append(ResultsFolder(tmp_path).cell(cell.cell_id).checkpoint_steps())
+
+    run_cells([cell], make_workflow(tmp_path, cache, checkpoint_steps=1), report)
+    assert seen == [[190, 198, 199]]
