@@ -73,7 +73,7 @@ def assert_same(found: Parameters, wanted: Parameters) -> None:
 
 @each_rule
 @each_nesting
-@pytest.mark.parametrize("n_dead", [0, 3, 40], ids=["no aux", "few dead", "more dead than top_k_aux"])
+@pytest.mark.parametrize("n_dead", [0, 3, 30, 60], ids=["no aux", "few dead", "multiplied out", "more dead"])
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
 def test_gradients_equal_those_of_autograd(activation: str, groups: tuple[int, ...], n_dead: int, ties: bool) -> None:
     params, batch = make_params(whole_numbers=ties), make_batch(whole_numbers=ties)
@@ -81,6 +81,7 @@ def test_gradients_equal_those_of_autograd(activation: str, groups: tuple[int, .
     revival = Revival(0.25 if n_dead else 0.0, 8, 5)
     wanted_loss, wanted = reference.gradients(params, *batch, capacity(activation, groups), revival, dead)
     loss, grads, _ = sparse.gradients(params, *batch, capacity(activation, groups), revival, dead)
+    assert (grads.dead is not None) == (n_dead in (3, 30))
     torch.testing.assert_close(loss.total, wanted_loss.total, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.stack(loss.prefixes), torch.stack(wanted_loss.prefixes), rtol=1e-12, atol=0)
     assert (loss.aux is None) == (wanted_loss.aux is None) == (n_dead == 0)
@@ -91,12 +92,12 @@ def test_gradients_equal_those_of_autograd(activation: str, groups: tuple[int, .
 
 @each_rule
 @each_nesting
-@pytest.mark.parametrize("aux_penalty", [0.0, 0.5])
+@pytest.mark.parametrize(("aux_penalty", "silent"), [(0.0, 40), (0.5, 20), (0.5, 60)])
 def test_consecutive_steps_equal_those_of_the_reference(
-    activation: str, groups: tuple[int, ...], aux_penalty: float
+    activation: str, groups: tuple[int, ...], aux_penalty: float, silent: int
 ) -> None:
     params = make_params()
-    params.b_enc[20:60] = -100.0  # never fire: dead from the third step on
+    params.b_enc[20 : 20 + silent] = -100.0  # never fire: dead from the third step on
     revival, cap = Revival(aux_penalty, 8, 2), capacity(activation, groups)
     ours, theirs = (TrainState.initial(params.map(torch.clone), 0.5, 2.0) for _ in range(2))
     n_dead = []
@@ -195,13 +196,17 @@ def test_training_never_holds_batch_times_dict_size(activation: str) -> None:
 
 
 @each_rule
-def test_steps_are_the_same_bits_for_any_number_of_threads(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("top_k_aux", [24, 300], ids=["", "multiplied out"])
+def test_steps_are_the_same_bits_for_any_number_of_threads(
+    activation: str, top_k_aux: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     width, batch, d = 4096, 512, 96
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(width, d, generator=g)
     params = Parameters(torch.randn(d, width, generator=g), torch.zeros(width), rows, torch.zeros(d))
     cap = Capacity(width, 16, activation, (512, width))  # type: ignore[arg-type]
+    revival = Revival(0.5, top_k_aux, 9)
     source, target = torch.randn(batch, d, generator=g), torch.randn(batch, d, generator=g)
     states, losses = [], []
     threads = torch.get_num_threads()
@@ -210,14 +215,8 @@ def test_steps_are_the_same_bits_for_any_number_of_threads(activation: str, monk
             torch.set_num_threads(n)
             state = TrainState.initial(params.map(torch.clone), 1.0, 1.0)
             state.batches_since_fired[:1000] = 99
-            losses.append(
-                [
-                    float(
-                        train_step_(state, source, target, cap, SCHEDULE, Revival(0.5, 24, 9), sparse.learn_).loss.total
-                    )
-                    for _ in range(3)
-                ]
-            )
+            steps = [train_step_(state, source, target, cap, SCHEDULE, revival, sparse.learn_) for _ in range(3)]
+            losses.append([float(step.loss.total) for step in steps])
             states.append(state)
     finally:
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sweep.config import Capacity
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["Active", "encode"]
+__all__ = ["Active", "Revived", "encode"]
 
 CHUNK_BYTES = 16 << 20
 """Pre-latents held at once."""
@@ -41,6 +41,23 @@ class Active:
         return cls(*(torch.cat(column) for column in columns))
 
 
+@dataclass(frozen=True)
+class Revived:
+    """The largest pre-latents among the dead latents, of each token: places in the list of the dead, and values."""
+
+    place: Int64[Tensor, "batch k"]
+    value: Float[Tensor, "batch k"]
+
+    def entries(self, dead: Int64[Tensor, " n_dead"]) -> Active:
+        batch, k = self.place.shape
+        token = torch.arange(batch, device=dead.device).repeat_interleave(k)
+        return Active(token, dead[self.place.flatten()], self.value.flatten())
+
+    def matrix(self, n_dead: int, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch n_dead"]:
+        """Values at these places, zeros elsewhere."""
+        return values.new_zeros(len(values), n_dead).scatter_(1, self.place, values)
+
+
 @torch.no_grad()
 def encode(
     params: Parameters,
@@ -49,7 +66,7 @@ def encode(
     threshold: float,
     dead: Int64[Tensor, " n_dead"],
     top_k_aux: int,
-) -> tuple[Active, Active | None]:
+) -> tuple[Active, Revived | None]:
     """The active latents, by latent within each token; and of the `dead` ones the `top_k_aux` largest of each token,
     negative ones too.
 
@@ -64,14 +81,17 @@ def encode(
         else:
             found.append(top_k(start, pre, capacity.top_k))
         if len(dead):
-            revived.append(top_k_of(start, pre, dead, top_k_aux))
+            revived.append(pre.index_select(1, dead).topk(min(top_k_aux, len(dead)), dim=1, sorted=False))
     if capacity.activation == "batch_top_k":
         if batch_top_k.missed_some:  # the guess was too high
             batch_top_k = BatchTopK(batch_top_k.n_wanted, 0.0)
             for start, pre in pre_latents_in_chunks(params, source):
                 batch_top_k.add(start, pre)
         found.append(batch_top_k.active())
-    return Active.join(found), Active.join(revived) if revived else None
+    if not revived:
+        return Active.join(found), None
+    values, places = zip(*revived, strict=True)
+    return Active.join(found), Revived(torch.cat(places), torch.cat(values))
 
 
 def pre_latents_in_chunks(
@@ -141,13 +161,6 @@ def top_k(start: int, pre: Float[Tensor, "n dict_size"], k: int) -> Active:
     padded[token, place] = found.value
     chosen = largest(padded, k)[token, place]
     return Active(found.token[chosen], found.latent[chosen], found.value[chosen])
-
-
-def top_k_of(start: int, pre: Float[Tensor, "n dict_size"], latents: Int64[Tensor, " m"], k: int) -> Active:
-    """The `k` largest of some latents for each token, whatever their sign."""
-    values, index = pre.index_select(1, latents).topk(min(k, len(latents)), dim=1, sorted=False)
-    token = torch.arange(start, start + len(pre), device=pre.device).repeat_interleave(values.shape[1])
-    return Active(token, latents[index.flatten()], values.flatten())
 
 
 def entries(start: int, pre: Float[Tensor, "n dict_size"], where: Tensor) -> Active:

@@ -2,7 +2,8 @@
 
 1. Encode in chunks of tokens, keep the active latents (`sweep.step.active`).
 2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
-   reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more.
+   reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more,
+   or are multiplied out where so few are dead that most of them take part.
 3. The loss gives the gradient of every row; running sums the other way give that of the groups.
 4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only.
 5. Sorted by latent, the same entries give both weight gradients as weighted sums of rows, a range of latents at a
@@ -31,9 +32,28 @@ __all__ = ["Gradients", "gradients", "learn_"]
 BLOCK_WEIGHTS = 1 << 17
 """Encoder weights updated at once: with decoder, gradients and moments this stays in cache."""
 
+DENSE_SHARE = 0.2
+"""From this share of the dead latents in use, dense products over the dead are faster than sums over entries."""
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([0])[:0], torch.tensor([0.0])[:0], (1, 1))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What some latents, sorted, get beside the sums over entries: gradients of their weights, a row for each."""
+
+    latent: Int64[Tensor, " n"]
+    encoder: Float[Tensor, "n d_in"]
+    decoder: Float[Tensor, "n d_out"]
+
+    def add_to(self, latents: slice, encoder: Float[Tensor, "m d_in"], decoder: Float[Tensor, "m d_out"]) -> None:
+        """Add the rows of those among consecutive latents, in place."""
+        first, last = torch.searchsorted(self.latent, self.latent.new_tensor([latents.start, latents.stop])).tolist()
+        index = self.latent[first:last] - latents.start
+        encoder.index_add_(0, index, self.encoder[first:last])
+        decoder.index_add_(0, index, self.decoder[first:last])
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Gradients:
     """Gradients of a batch; those of the weights are made for a range of latents at a time.
 
     `row`, `token`, `value` and `d_value` belong to the active entries, sorted by latent; those of latent i are
-    `starts[i]` to `starts[i + 1]`.
+    `starts[i]` to `starts[i + 1]`. `dead` is what the dead get where they were multiplied out.
     """
 
     source: Float[Tensor, "batch d_in"]
@@ -53,6 +73,7 @@ class Gradients:
     starts: Int64[Tensor, " dict_size_and_1"]
     b_enc: Float[Tensor, " dict_size"]
     b_dec: Float[Tensor, " d_out"]
+    dead: Share | None
 
     def latents(self, latents: slice) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """With respect to the weights of consecutive latents: encoder, then decoder, a row for each latent."""
@@ -62,6 +83,8 @@ class Gradients:
         entries = slice(first, last)
         encoder = weighted_sums(self.source, self.token[entries], offsets, self.d_value[entries])
         decoder = weighted_sums(self.d_rows, self.row[entries], offsets, self.value[entries])
+        if self.dead is not None:
+            self.dead.add_to(latents, encoder, decoder)
         return encoder, decoder
 
     def parameters(self) -> Parameters:
@@ -103,7 +126,8 @@ def gradients(
 ) -> tuple[Loss, Gradients, float]:
     """The loss and its gradients; and the smallest active latent, the next batch's `threshold`."""
     n_dead = len(dead) if revival.aux_penalty > 0 else 0
-    active, revived = encode(params, source, capacity, threshold, dead[:n_dead], revival.top_k_aux)
+    dead = dead[:n_dead]
+    active, revived = encode(params, source, capacity, threshold, dead, revival.top_k_aux)
     n_active, smallest = len(active.value), float(active.value.min()) if len(active.value) else 0.0
 
     batch, n_groups = len(source), len(capacity.groups)
@@ -111,10 +135,12 @@ def gradients(
     row = active.token * n_groups + torch.bucketize(active.latent, ends, right=True)
     n_rows = batch * n_groups
     fired = torch.zeros_like(params.b_enc, dtype=torch.bool).index_fill_(0, active.latent, True)
-    if revived is not None:
-        row = torch.cat([row, revived.token + n_rows])
+    multiplied_out = revived is not None and revived.place.shape[1] >= DENSE_SHARE * n_dead
+    if revived is not None and not multiplied_out:
+        entries = revived.entries(dead)
+        row = torch.cat([row, entries.token + n_rows])
         n_rows += batch
-        active = Active.join([active, revived])
+        active = Active.join([active, entries])
     starts = counted(row, n_rows)
 
     rows = weighted_sums(params.W_dec, active.latent, starts[:-1], active.value)
@@ -123,14 +149,23 @@ def gradients(
     torch.cumsum(errors, dim=1, out=errors)
     errors -= target.unsqueeze(1)
     prefixes = mean_squares(errors)
-    total, aux = prefixes.mean(), None
+    total, aux, share = prefixes.mean(), None, None
+    b_enc = torch.zeros_like(params.b_enc)
     if revived is not None:
         weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
-        aux_errors = rows[batch * n_groups :]
+        if multiplied_out:
+            values, decoder = revived.matrix(n_dead, revived.value), params.W_dec[dead]
+            aux_errors = values @ decoder
+        else:
+            aux_errors = rows[batch * n_groups :]
         aux_errors += errors[:, -1]
         aux = mean_squares(aux_errors.unsqueeze(1))[0]
         total = total + weight * aux
         aux_errors *= 2 * weight / target.numel()
+        if multiplied_out:
+            d_values = revived.matrix(n_dead, (aux_errors @ decoder.T).gather(1, revived.place))
+            share = Share(dead, encoder=d_values.T @ source, decoder=values.T @ aux_errors)
+            b_enc[dead] = d_values.sum(dim=0)
     errors *= 2 / (n_groups * target.numel())
     for group in reversed(range(n_groups - 1)):
         errors[:, group] += errors[:, group + 1]
@@ -145,8 +180,9 @@ def gradients(
         value=active.value[order],
         d_value=d_value[order],
         starts=counted(active.latent, capacity.dict_size),
-        b_enc=torch.zeros_like(params.b_enc).index_add_(0, active.latent, d_value),
+        b_enc=b_enc.index_add_(0, active.latent, d_value),
         b_dec=errors[:, 0].sum(dim=0),
+        dead=share,
     )
     return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
 
