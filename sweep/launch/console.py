@@ -18,7 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.progress import Progress as BarDisplay
-from rich.table import Table
+from rich.table import Column, Table
 
 from sweep.launch.cost import Cost
 from sweep.launch.jobs import Job
@@ -157,7 +157,7 @@ def show_failures(failures: Mapping[str, Sequence[Failure]]) -> None:
 
 def show_prepared(prepared: Sequence[tuple[str, str, bool, int, Path]]) -> None:
     """Each (kind, what, was there before, bytes, folder), and one sentence on all of them."""
-    table = Table("kind", "what", "state", "size", "where", box=None, pad_edge=False)
+    table = Table("kind", "what", "state", "size", Column("where", overflow="fold"), box=None, pad_edge=False)
     for kind, what, was_there, n_bytes, folder in prepared:
         table.add_row(kind, what, "there" if was_there else "made", size(n_bytes), str(folder))
     out.print(table)
