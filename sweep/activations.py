@@ -21,12 +21,9 @@ from torch import Tensor
 
 from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
-from sweep.tokens import ROWS_PER_BLOCK
+from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK
 
 __all__ = ["ActivationStream", "Batch", "Blocks", "Demand", "Read", "permutation"]
-
-BLOCKS_PER_WINDOW = 8
-"""A constant of the stream's schema: 1,024 sequences of 128 tokens mix well and 16k tokens fit any memory."""
 
 Batch = dict[Site, Activations]
 

@@ -13,7 +13,6 @@ import json
 import logging
 import platform
 from collections.abc import Collection
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sweep.activations import Read
+from sweep.cached import ABOUT, depends_on, site_name
 from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
 from sweep.paths import remove_leftovers, try_lock, write_atomic, write_json
@@ -100,7 +100,7 @@ class BlockFiles:
         path = self._path(read, site)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path.parent / "about.json", about(self._config, site, self._device))
+            write_json(path.parent / ABOUT, about(self._config, site, self._device))
         remove_leftovers(path.parent, path.name)
         on_cpu = Activations(*(tensor.cpu() for tensor in activations))
         content = save(on_cpu._asdict(), metadata={CHECKSUM: checksum_of(on_cpu)})
@@ -132,8 +132,7 @@ class BlockFiles:
 
     def _path(self, read: Read, site: Site) -> Path:
         split, block = read
-        name = hashlib.sha256(json.dumps(asdict(site), sort_keys=True).encode()).hexdigest()[:10]
-        return self.folder / f"layer_{site.layer}_{name}" / f"{split}_{block:06d}.safetensors"
+        return self.folder / site_name(site) / f"{split}_{block:06d}.safetensors"
 
     def _lock(self, read: Read) -> Path:
         split, block = read
@@ -149,26 +148,20 @@ def checksum_of(activations: Activations) -> str:
 
 
 def about(config: StreamConfig, site: Site, device: str) -> dict[str, Any]:
-    """What a person must know to keep or delete a site's folder; nothing reads it back to compute with."""
+    """What a person must know to keep or delete a site's folder, and a plan to count on it; no job reads it back."""
     data, model = config.data, config.model
     rows = row_counts(data)
     n_tokens = sum(rows.values()) * (data.seq_len - 1)
-    hook_in, hook_out = site.hook_names
     return {
+        **depends_on(config, site),
         "summary": f"{model.model}, layer {site.layer} ({site.hook_in} to {site.hook_out}), "
         f"{n_tokens:,} tokens of {data.dataset}, {data.activation_dtype}",
-        "model": model.model,
-        "model_revision": model.model_revision,
         "layer": site.layer,
-        "hook_in": hook_in,
-        "hook_out": hook_out,
         "dataset": data.dataset,
         "dataset_revision": data.dataset_revision,
         "n_tokens": n_tokens,
         "rows": rows,
         "seq_len": data.seq_len,
-        "activation_dtype": data.activation_dtype,
         "processor": processor(device),
-        "torch": torch.__version__,
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

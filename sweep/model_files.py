@@ -26,7 +26,7 @@ from sweep.paths import CacheFolder, atomic_directory, locked, remove_leftovers
 from sweep.progress import Report
 from sweep.revisions import sha256_of_file
 
-__all__ = ["ensure_model_folder", "first_line", "model_is_there", "quiet_transformers"]
+__all__ = ["ensure_model_folder", "first_line", "quiet_transformers"]
 
 TINY_REVISION = "1"
 """Raise it, here and in conf, when the tiny model's weights or tokenizer change."""
@@ -61,17 +61,6 @@ def ensure_model_folder(model: Model, cache: CacheFolder, report: Report) -> Pat
             with atomic_directory(folder) as partial, quiet_transformers():
                 make(model, partial, report)
     return folder
-
-
-def model_is_there(model: Model, cache: CacheFolder) -> bool:
-    """Whether `ensure_model_folder` would find the model on this machine."""
-    if model.model_format == "directory":
-        return True
-    if model.model_format == "hub":
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(model.model_repo, "config.json", revision=model.model_revision), str)
-    return cache.model(model.model, model.model_revision).is_dir()
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sweep.cached import model_is_there
 from sweep.config import Cell, Data, Model
 from sweep.errors import ModelError
 from sweep.language_model import ensure_model_folder, load_tokenizer
-from sweep.model_files import model_is_there
 from sweep.paths import CacheFolder
 from sweep.progress import Report
 from sweep.revisions import layers_in

@@ -145,7 +145,7 @@ def test_an_entry_says_in_words_what_it_is(language_model: LanguageModel, tmp_pa
     (about,) = tmp_path.glob("*/about.json")
     content = json.loads(about.read_text())
     assert content["summary"] == "tiny, layer 1 (norm_out to mlp_out), 3,534 tokens of docstrings, float32"
-    assert {"model_revision", "dataset_revision", "made_at", "torch", "processor"} <= content.keys()
+    assert {"model_revision", "dataset_revision", "made_at", "versions", "processor"} <= content.keys()
 
 
 # several processes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 def test_a_sweep_trains_evaluates_and_ranks(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = swept
     assert done.returncode == 0, done.stderr
-    assert "4 cells: 4 new; 1 language-model pass" in done.stdout
+    assert "4 cells: 4 new\n" in done.stdout
     assert "Traceback" not in done.stderr
     rows = pl.read_parquet(sorted((out / "runs").glob("*.parquet")))
     assert sorted(rows.select("dict_size", "top_k").rows()) == [(64, 4), (64, 8), (128, 4), (128, 8)]
@@ -101,8 +102,9 @@ def test_dry_run_plans_and_writes_nothing(tmp_path: Path) -> None:
     done = run("-m", *GRID, "results_dir=out", "dry_run=true", cwd=tmp_path)
     assert done.returncode == 0
     assert "4 cells: 4 new" in done.stdout
-    assert "tokens through the language model" in done.stdout
-    assert "memory up to" in done.stdout
+    assert "first, once: model tiny made, text docstrings tokenised" in done.stdout
+    assert "tokens through the language model once" in done.stdout
+    assert re.search(r"4 cells, about \d+ s, memory about \d\.\d GiB", done.stdout)
     assert not list(tmp_path.iterdir())
 
 

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     },
     {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
+    {"sweep.cached"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {
         "sweep.activations",
@@ -52,10 +53,9 @@ LAYERS: list[set[str]] = [
         "sweep.launch.plan",
         "sweep.launch.cost",
         "sweep.launch.machine",
-        "sweep.launch.beside",
         "sweep.launch.squeue",
     },
-    {"sweep.launch.slurm_options", "sweep.launch.jobs", "sweep.launch.payload"},
+    {"sweep.launch.slurm_options", "sweep.launch.jobs", "sweep.launch.payload", "sweep.launch.beside"},
     {
         "sweep.launch.register",
         "sweep.launch.console",
@@ -78,7 +78,7 @@ TORCH_FREE = {
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
-        "sweep.attempt", "sweep.leftovers",
+        "sweep.attempt", "sweep.leftovers", "sweep.cached",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }

@@ -9,7 +9,6 @@ from make import NO_BASELINES, make_cell, make_options
 
 from sweep.config import Cell
 from sweep.errors import ConfigError, Interrupted
-from sweep.launch.cost import gang_cost, training_flops
 from sweep.launch.launch import freeze
 from sweep.launch.plan import Plan, make_plan, resolve
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
@@ -117,22 +116,6 @@ def test_plan_finds_failed_and_running_cells(results: ResultsFolder) -> None:
 def test_plan_writes_nothing(tmp_path: Path) -> None:
     plan_of(ResultsFolder(tmp_path / "none"), make_cell())
     assert not list(tmp_path.iterdir())
-
-
-def test_cost_counts_one_pass_for_a_gang() -> None:
-    one, four = [make_cell()], [make_cell(seed=seed) for seed in range(4)]
-    alone, together = gang_cost(one, 1.0), gang_cost(four, 1.0)
-    assert together.language_model_tokens == alone.language_model_tokens
-    assert together.training_flops == 4 * alone.training_flops
-    uncached = gang_cost([make_cell(epochs=3.0, steps=None)], 0.0)
-    assert (
-        uncached.language_model_tokens > 2 * gang_cost([make_cell(epochs=3.0, steps=None)], 1.0).language_model_tokens
-    )
-
-
-def test_cost_of_training_is_that_of_the_dense_products() -> None:
-    cell = make_cell(dict_size=64, steps=10, batch_size=64)
-    assert training_flops(cell) == 10 * 64 * 2 * 64 * (2 * 32 + 3 * 32)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 from sweep.baselines.family import choose, scan
 from sweep.baselines.header import check_config, check_shapes
 from sweep.baselines.hub import REPOSITORIES, download
-from sweep.config import Cell
+from sweep.config import Cell, Site
 from sweep.errors import BaselineError, ConfigError
+from sweep.launch.cost import Beside
 from sweep.options import Workflow
 from sweep.progress import Report
 
-__all__ = ["with_baselines"]
+__all__ = ["baselines_of", "with_baselines"]
 
 
 def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) -> Workflow:
@@ -54,3 +55,22 @@ def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) ->
     except BaselineError as error:
         raise BaselineError(f"baselines_dir={workflow.baselines_dir}: {error}") from error
     return replace(workflow, baselines_dir=str(root))
+
+
+def baselines_of(workflow: Workflow, cells: Sequence[Cell]) -> list[Beside]:
+    """What a checked workflow scores beside the cells; nothing where the baselines are not on this machine yet.
+
+    Raises:
+        BaselineError: they changed since they were checked.
+    """
+    if workflow.baselines == "none" or workflow.baselines_dir is None:
+        return []
+    root, found = Path(workflow.baselines_dir), []
+    models = {cell.site.layer: cell.model for cell in cells if cell.site.hook_out == "mlp_out"}
+    entries = scan(root)
+    for layer, model in sorted(models.items()):
+        for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
+            (width,) = check_shapes(entry, model.d_in, model.d_out)["b_enc"]
+            hook_in = "norm_unit" if entry.params.suffix == ".npz" else "norm_out"
+            found.append(Beside(Site(layer, hook_in, "mlp_out"), width))
+    return found

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as BarDisplay
 from rich.table import Column, Table
 
+from sweep.config import StreamConfig
 from sweep.launch.cost import Cost
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
@@ -36,9 +37,11 @@ __all__ = [
     "readable",
     "show_cost",
     "show_failures",
+    "show_jobs",
     "show_plan",
     "show_prepared",
     "show_results",
+    "show_streams",
     "varied",
 ]
 
@@ -50,7 +53,7 @@ out = Console(
 )
 err = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
 
-MAX_JOBS_SHOWN = 8
+MAX_SHOWN = 8
 
 Failure = tuple[str, Path]
 """A cell that is not done, and where to read more."""
@@ -73,8 +76,8 @@ def varied(cells: Sequence[Planned]) -> list[str]:
     return kept or ["dict_size", "top_k"]
 
 
-def show_plan(plan: Plan, n_jobs: int) -> None:
-    """What happens to each cell and why; every job is a pass of the language model."""
+def show_plan(plan: Plan) -> None:
+    """What happens to each cell and why."""
     columns = varied(plan.cells)
     table = Table("cell", *columns, "plan", "why", box=None, pad_edge=False)
     for planned in plan.cells:
@@ -84,21 +87,45 @@ def show_plan(plan: Plan, n_jobs: int) -> None:
     counts: dict[str, int] = {}
     for planned in plan.cells:
         counts[planned.action] = counts.get(planned.action, 0) + 1
-    passes = plural(n_jobs, "language-model pass", "es") if n_jobs else "nothing to run"
     summary = ", ".join(f"{n} {action}" for action, n in counts.items())
-    out.print(f"{plural(len(plan.cells), 'cell')}: {summary}; {passes}")
+    out.print(f"{plural(len(plan.cells), 'cell')}: {summary}{'' if plan.gangs else '; nothing to run'}")
 
 
-def show_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> None:
-    """How the cells are divided among processes and what each may use."""
-    for number, job in enumerate(jobs[:MAX_JOBS_SHOWN], 1):
+def show_streams(streams: Sequence[tuple[StreamConfig, Cost]]) -> None:
+    """For each stream what of model, text and activations is there, and what is made once."""
+    for stream, cost in streams[:MAX_SHOWN]:
+        model, text = stream.model.model, stream.data.dataset
+        verb = {"package": "converted", "hub": "downloaded"}.get(stream.model.model_format, "made")
+        missing = [] if cost.has_model else [f"model {model} {verb}"]
+        missing += [f"text {text} tokenised"] if cost.tokenised_tokens else []
+        out.print(f"first, once: {', '.join(missing)}" if missing else f"model {model} and tokens of {text}: there")
+        out.print(f"activations: {activations(cost)}")
+    if len(streams) > MAX_SHOWN:
+        out.print(f"and {plural(len(streams) - MAX_SHOWN, 'more stream')}")
+
+
+def activations(cost: Cost) -> str:
+    """Where a stream's activations come from."""
+    if not cost.language_model_tokens:
+        return "cached"
+    tokens = f"{cost.language_model_tokens:,} tokens through the language model"
+    if not cost.keeps:
+        return f"{tokens}, again in each epoch and job: they need more than cache_gib="
+    return f"{tokens} once" + (f", {cost.cached_tokens:,} cached" if cost.cached_tokens else "")
+
+
+def show_jobs(jobs: Sequence[Job], slots: Sequence[Slot], seconds: Sequence[float] | None) -> None:
+    """How the cells are divided among processes, and about how much time and memory each takes."""
+    for number, job in enumerate(jobs[:MAX_SHOWN], 1):
         name = f"job {number}: " if len(jobs) > 1 else ""
-        out.print(f"{name}{plural(len(job.cells), 'cell')}, memory up to {size(job.memory_bytes)}")
-    if len(jobs) > MAX_JOBS_SHOWN:
-        out.print(f"and {plural(len(jobs) - MAX_JOBS_SHOWN, 'more job')}")
+        time = "" if seconds is None else f"about {duration(seconds[number - 1])}, "
+        out.print(f"{name}{plural(len(job.cells), 'cell')}, {time}memory about {size(job.memory_bytes)}")
+    if len(jobs) > MAX_SHOWN:
+        out.print(f"and {plural(len(jobs) - MAX_SHOWN, 'more job')}")
     if jobs:
         where = ", ".join(f"GPU {slot.gpu}" for slot in slots if slot.gpu is not None) or "CPU"
-        out.print(f"{plural(len(slots), 'slot')} ({where}), {plural(slots[0].n_threads, 'thread')} each")
+        total = f": about {duration(in_turn(seconds, len(slots)))} in all" if seconds and len(jobs) > 1 else ""
+        out.print(f"{plural(len(slots), 'slot')} ({where}), {plural(slots[0].n_threads, 'thread')} each{total}")
     for slot in slots:
         room = slot.memory_bytes
         if room is not None and any(job.memory_bytes > room for job in jobs):
@@ -109,15 +136,27 @@ def show_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> None:
             break
 
 
-def show_cost(costs: Sequence[Cost], flops_per_second: float) -> None:
+def in_turn(seconds: Sequence[float], n_slots: int) -> float:
+    """When the last job ends if each slot takes the next one as soon as it is free."""
+    ends = [0.0] * n_slots
+    for each in seconds:
+        first = ends.index(min(ends))
+        ends[first] += each
+    return max(ends)
+
+
+def show_cost(costs: Sequence[Cost], flops_per_second: float | None) -> None:
+    """The arithmetic behind the plan, job by job."""
     for index, cost in enumerate(costs, 1):
         out.print(
-            f"pass {index}: {cost.language_model_tokens:,} tokens through the language model "
-            f"({cost.language_model_flops / 1e12:,.3g} TFLOP), training {cost.training_flops / 1e12:,.3g} TFLOP, "
-            f"memory up to {size(cost.memory_bytes)}, disk up to {size(cost.disk_bytes)}, "
-            f"about {duration(cost.seconds(flops_per_second))}"
+            f"job {index}: language model {cost.language_model_flops / 1e12:,.3g} TFLOP, training "
+            f"{cost.training_flops / 1e12:,.3g} TFLOP of encoder products, evaluation "
+            f"{cost.evaluation_flops / 1e12:,.3g} TFLOP, disk about {size(cost.disk_bytes)}"
         )
-    out.print(f"(time at {flops_per_second / 1e9:,.0f} GFLOP/s, measured here; caches that are filled make it shorter)")
+    if flops_per_second is None:
+        out.print("(time is not estimated for GPUs)")
+    else:
+        out.print(f"(time at {flops_per_second / 1e9:,.0f} GFLOP/s, measured here; other load makes it longer)")
 
 
 def show_results(cells: Sequence[Planned], metrics: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,73 +1,228 @@
-"""What a gang will cost, from arithmetic alone; seconds come from a matrix product timed on the spot."""
+"""What a gang will cost, from arithmetic and a look into the cache; for seconds a matrix product is timed on the spot.
+
+The constants were measured on two quiet cores with Gemma 3 270M at layer 12, float32, in the README's two sweeps
+(docs/log.md): 81,920 tokens took 88 to 130 s in the language model, 508 steps of four cells 200 s at dict_size 4608 and
+9216, 790 s at 18432 and 36864. The product of `machine_flops` ran at 185 GFLOP/s there. Expect other machines to differ
+by half.
+"""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sweep.config import Cell
-from sweep.tokens import row_bytes, row_counts
+from sweep.cached import Cached, Processor
+from sweep.config import Cell, Model, Site, StreamConfig
+from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK, row_bytes, row_counts
 
-__all__ = ["Cost", "gang_cost", "machine_flops"]
+__all__ = ["Beside", "Cost", "Setting", "gang_cost", "machine_flops", "training_flops"]
+
+STEP_SHARE = 0.25
+"""The encoder's product, at the machine's rate, in the time of a sparse step; the same at all widths above."""
+
+LANGUAGE_MODEL_SHARE = 0.6
+"""Products with the weights, at the machine's rate, in the time of a pass of the language model."""
+
+CONVERSION_SECONDS = 0.3e-6
+"""Unpacking and converting a packaged model, per parameter: 56 to 98 s for 268 million."""
+
+TOKENISE_SECONDS = 60e-6
+"""Reading and tokenising text, per token: 5 s for 81,280."""
+
+START_SECONDS = 10.0
+"""Imports, tokenizer and language model of a job."""
+
+PROCESS_BYTES = 2**30
+"""Python with torch, transformers and a tokenizer of 262,144 words: 0.7 GiB resident, and what the allocators keep."""
+
+LARGEST_VOCABULARY = 262_144
+"""Gemma 3's; how many words a model embeds is not among its options."""
+
+ACTIVATIONS_IN_FLIGHT = 20
+"""Tensors of tokens x d_in that a pass of the language model holds at once: 0.1 GiB over its weights."""
+
+LATENT_ENTRY_BYTES = 64
+"""An active latent in the sparse step: its place, value and gradient, and their sorted copies."""
+
+DENSE_LATENTS = 6
+"""Tensors of batch x dict_size that autograd holds in the dense step on a GPU."""
 
 
-EFFICIENCY = 0.35
-"""What the dense step and the language model reach of the rate `machine_flops` measures, on two CPU cores."""
+@dataclass(frozen=True)
+class Beside:
+    """A baseline that is scored beside the cells: its site and width."""
+
+    site: Site
+    dict_size: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a gang runs and what is there already."""
+
+    cached: Cached
+    processor: Processor
+    cache_gib: float
+    beside: Sequence[Beside] = ()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Upper estimates: caches and checkpoints that are there already make it cheaper."""
+    """Upper estimates: cells that are resumed and baselines that have their row already make it cheaper."""
 
+    has_model: bool
+    converted_params: int
+    """Parameters of a packaged model to be converted; 0 where it is there."""
+    tokenised_tokens: int
+    """Tokens of text to be read; 0 where the token file is there."""
     language_model_tokens: int
+    cached_tokens: int
+    """Tokens whose activations come from the cache."""
+    keeps: bool
+    """Whether activations fit `cache_gib`, so that none is harvested twice, by whatever number of jobs."""
     language_model_flops: float
     training_flops: float
+    evaluation_flops: float
     memory_bytes: float
     disk_bytes: float
 
-    def seconds(self, flops_per_second: float) -> float:
-        """Time at a machine's matrix-product rate, of which real passes and steps reach a share."""
-        return (self.language_model_flops + self.training_flops) / (EFFICIENCY * flops_per_second)
+    def seconds(self, flops_per_second: float, *, shared: bool = False) -> float:
+        """About how long it takes on a CPU with this matrix-product rate.
+
+        `shared`: another job of the same stream makes model, tokens and activations, where they are kept.
+        """
+        flops = self.training_flops / STEP_SHARE + self.evaluation_flops
+        seconds = START_SECONDS
+        if not (shared and self.keeps):
+            flops += self.language_model_flops / LANGUAGE_MODEL_SHARE
+        if not shared:
+            seconds += CONVERSION_SECONDS * self.converted_params + TOKENISE_SECONDS * self.tokenised_tokens
+        return seconds + flops / flops_per_second
 
 
-def gang_cost(gang: Sequence[Cell], cache_gib: float) -> Cost:
-    """Cost of training and evaluating the cells of one stream together."""
+def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
+    """Cost of training and evaluating cells of one stream in one process."""
     stream = gang[0].stream
-    model, data = stream.model, stream.data
-    rows = row_counts(data)
-    sites = {cell.site for cell in gang}
-    cached = sum(rows.values()) * row_bytes(model, data) * len(sites)
-    fits = cached <= cache_gib * 2**30
-    longest = max(cell.schedule.steps for cell in gang)
-    epochs = -(-longest * stream.batch_size // (rows["train"] * (data.seq_len - 1)))
-    passes = 1 if fits else epochs
-    tokens = (rows["train"] * passes + rows["calibration"] + rows["heldout"]) * data.seq_len
+    model, data, rows = stream.model, stream.data, row_counts(stream.data)
+    sites = list(dict.fromkeys(cell.site for cell in gang))
+    beside = [one for one in setting.beside if one.site.layer in {site.layer for site in sites}]
+    kept_bytes = sum(rows.values()) * row_bytes(model, data) * len(sites)
+    keeps = kept_bytes <= setting.cache_gib * 2**30
+    harvested, cached = reads(gang, setting, keeps=keeps)
+    others = {one.site for one in beside} - set(sites)
+    harvested += rows["heldout"] * data.seq_len if others else 0
     depth = (max(site.deepest_layer for site in sites) + 1) / model.n_layers
+    has_model = setting.cached.has_model(model)
+    to_convert = model.model_format == "package" and not has_model
+    has_tokens = setting.cached.has_tokens(data, model)
     parameters = sum(cell.n_train_params for cell in gang)
-    batch = max(cell.schedule.batch_size * cell.capacity.dict_size for cell in gang)
+    widths = [cell.capacity.dict_size for cell in gang] + [one.dict_size for one in beside]
     return Cost(
-        language_model_tokens=tokens,
-        language_model_flops=2.0 * model.n_body_params * depth * tokens,
-        training_flops=sum(training_flops(cell) for cell in gang),
-        memory_bytes=4.0 * (3 * parameters + max(cell.n_train_params for cell in gang) + 6 * batch)
-        + 4.0 * model.n_body_params,
-        disk_bytes=(cached if fits else 0) + 4.0 * parameters * (1 + 2 * 3),
+        has_model=has_model,
+        converted_params=n_params(model) if to_convert else 0,
+        tokenised_tokens=0 if has_tokens else sum(rows.values()) * (data.seq_len - 1),
+        language_model_tokens=harvested,
+        cached_tokens=cached,
+        keeps=keeps,
+        language_model_flops=2.0 * model.n_body_params * depth * harvested,
+        training_flops=sum(map(training_flops, gang)),
+        evaluation_flops=sum(scoring_flops(width, stream) for width in widths),
+        memory_bytes=memory(gang, beside, len(sites) + len(others), setting.processor, harvested > 0, to_convert),
+        disk_bytes=(kept_bytes * harvested / max(harvested + cached, 1) if keeps else 0)
+        + 4.0 * parameters * (1 + 2 * 3)  # the transcoder, and two checkpoints of weights and moments
+        + (4.0 * n_params(model) if to_convert else 0),
     )
 
 
+def reads(gang: Sequence[Cell], setting: Setting, *, keeps: bool) -> tuple[int, int]:
+    """Tokens, BOS counted, whose activations the language model makes, and those that are in the cache."""
+    stream = gang[0].stream
+    rows, seq_len = row_counts(stream.data), stream.data.seq_len
+    n_blocks = rows["train"] // ROWS_PER_BLOCK
+    window_tokens = BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * (seq_len - 1)
+    n_tokens = max(cell.schedule.steps for cell in gang) * stream.batch_size
+    epochs, rest = divmod(n_tokens, rows["train"] * (seq_len - 1))
+    of_last = min(-(-rest // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
+    if not keeps:
+        train = (epochs * n_blocks + of_last) * ROWS_PER_BLOCK
+        return (train + rows["calibration"] + rows["heldout"]) * seq_len, 0
+    sites = {cell.site for cell in gang}
+    there = setting.cached.n_blocks(stream, sites, setting.processor)
+    needed = {**rows, "train": (n_blocks if epochs else of_last) * ROWS_PER_BLOCK}
+    missing = sum(max(n - there[split] * ROWS_PER_BLOCK, 0) for split, n in needed.items())
+    return missing * seq_len, (sum(needed.values()) - missing) * seq_len
+
+
+def memory(
+    gang: Sequence[Cell],
+    beside: Sequence[Beside],
+    n_sites: int,
+    processor: Processor,
+    harvests: bool,
+    to_convert: bool,
+) -> float:
+    """Bytes that a job takes where its cells live: on the GPU it has, else in main memory.
+
+    What counts once per job, whatever the number of cells: the process, the language model unless all activations are
+    in the cache, a window of activations with its copy.
+    """
+    stream = gang[0].stream
+    model = stream.model
+    window = 2 * BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * row_bytes(model, stream.data) * n_sites
+    cells = 4.0 * sum(4 * cell.n_train_params for cell in gang)  # weights, two moments, the folded copy at the end
+    baselines = 4.0 * sum(one.dict_size * (model.d_in + model.d_out) for one in beside)
+    training = PROCESS_BYTES + window + cells + baselines + max(step_bytes(cell, processor) for cell in gang)
+    if harvests:
+        training += language_model_bytes(stream)
+    converting = PROCESS_BYTES + 2 * 4.0 * n_params(model) if to_convert else 0.0
+    return training if processor.gpu else max(training, converting)
+
+
+def step_bytes(cell: Cell, processor: Processor) -> float:
+    """What a training step takes beside weights and moments."""
+    schedule, capacity, model = cell.schedule, cell.capacity, cell.model
+    if processor.gpu:  # the dense step, and the gradients of all weights
+        return 4.0 * (DENSE_LATENTS * schedule.batch_size * capacity.dict_size + cell.n_train_params)
+    rows = 3 * 4.0 * (len(capacity.groups) + 1) * model.d_out
+    return schedule.batch_size * (rows + LATENT_ENTRY_BYTES * (capacity.top_k + cell.revival.top_k_aux))
+
+
+def language_model_bytes(stream: StreamConfig) -> float:
+    """Weights, and what a pass over one block holds."""
+    itemsize = {"float32": 4, "bfloat16": 2}[stream.model.model_dtype]
+    in_flight = ACTIVATIONS_IN_FLIGHT * ROWS_PER_BLOCK * stream.data.seq_len * stream.model.d_in
+    return float(itemsize * (n_params(stream.model) + in_flight))
+
+
+def n_params(model: Model) -> int:
+    """Parameters of the language model, embeddings included; at most, as its vocabulary is not known here."""
+    return model.n_body_params + LARGEST_VOCABULARY * model.d_in
+
+
 def training_flops(cell: Cell) -> float:
-    """Dense step: 2 matrix products for the encoder, 3 for the decoder; 2 flops per weight and token each."""
-    per_token = 2.0 * cell.capacity.dict_size * (2 * cell.model.d_in + 3 * cell.model.d_out)
+    """Of the encoder's products, the larger part of a sparse step; 2 flops per weight and token."""
+    per_token = 2.0 * cell.capacity.dict_size * cell.model.d_in
     return per_token * cell.schedule.steps * cell.schedule.batch_size
 
 
+def scoring_flops(dict_size: int, stream: StreamConfig) -> float:
+    """Of encoding and decoding calibration and held-out tokens, and of bounds on all cosines of decoder rows."""
+    model, rows = stream.model, row_counts(stream.data)
+    n_tokens = (rows["calibration"] + rows["heldout"]) * (stream.data.seq_len - 1)
+    return 2.0 * dict_size * ((model.d_in + model.d_out) * n_tokens + dict_size * model.d_out / 6)
+
+
 def machine_flops() -> float:
-    """Floating-point operations a second of a single-precision matrix product here; takes a tenth of a second."""
+    """Floating-point operations a second of a single-precision matrix product here, the best of a few.
+
+    Takes a tenth of a second.
+    """
     import numpy as np
 
     n = 1024
     a = np.ones((n, n), dtype=np.float32)
-    np.matmul(a, a)
-    start = time.perf_counter()
-    for _ in range(3):
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
         np.matmul(a, a)
-    return 3 * 2.0 * n**3 / (time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * n**3 / min(seconds)

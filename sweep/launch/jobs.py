@@ -1,6 +1,6 @@
 """From gangs to jobs: each gang stays one job where it fits, and is divided where memory or idle slots ask for it.
 
-Dividing a gang costs a language-model pass more and changes no number.
+Dividing a gang costs a process and its language model more, and changes no number.
 """
 
 from collections.abc import Callable, Sequence

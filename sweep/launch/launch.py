@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from sweep.config import Cell, as_json
+from sweep.cached import Cached, Processor
+from sweep.config import Cell, StreamConfig, as_json
 from sweep.errors import ConfigError, Interrupted, SweepError
 from sweep.launch import console
-from sweep.launch.beside import with_baselines
+from sweep.launch.beside import baselines_of, with_baselines
 from sweep.launch.console import plural
-from sweep.launch.cost import gang_cost, machine_flops, training_flops
+from sweep.launch.cost import Cost, Setting, gang_cost, machine_flops, training_flops
 from sweep.launch.jobs import Job, divide
 from sweep.launch.local import Queue, run_local
 from sweep.launch.machine import LocalOptions, Slot, find_slots
@@ -31,6 +32,7 @@ from sweep.launch.watch import watch_slurm, watching
 from sweep.leftovers import settle
 from sweep.options import Workflow
 from sweep.paths import (
+    CacheFolder,
     LaunchFolder,
     ResultsFolder,
     check_writable,
@@ -59,14 +61,16 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()
         plan = make_plan(workflow, cells, results, in_slurm(results, options))
-        jobs = divide(
-            plan.gangs, slots, lambda cells: gang_cost(cells, workflow.cache_gib).memory_bytes, training_flops
-        )
-        console.show_plan(plan, len(jobs))
-        console.show_jobs(jobs, slots)
+        setting = setting_of(plan, slots, options)
+        jobs = divide(plan.gangs, slots, lambda cells: gang_cost(cells, setting).memory_bytes, training_flops)
+        costs = [gang_cost(job.cells, setting) for job in jobs]
+        rate = machine_flops() if jobs and not setting.processor.gpu else None
+        console.show_plan(plan)
+        console.show_streams([(gang[0].stream, gang_cost(gang, setting)) for gang in plan.gangs])
+        console.show_jobs(jobs, slots, None if rate is None else times(jobs, costs, rate / len(slots)))
         if workflow.dry_run:
             if jobs:
-                console.show_cost([gang_cost(job.cells, workflow.cache_gib) for job in jobs], machine_flops())
+                console.show_cost(costs, rate)
             if jobs and isinstance(options, SlurmOptions):
                 console.out.print(sbatch_script(len(jobs), options, results))
             return DONE
@@ -83,6 +87,35 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
     except OSError as error:
         console.problem(f"{type(error).__name__}: {error}")
         return WRONG
+
+
+def setting_of(plan: Plan, slots: Sequence[Slot], options: LocalOptions | SlurmOptions) -> Setting:
+    """Where the jobs will run and what they find there.
+
+    Raises:
+        BaselineError: a baseline changed since it was checked.
+    """
+    workflow = plan.workflow
+    gpu = slots[0].gpu is not None
+    if isinstance(options, SlurmOptions):
+        gpu = workflow.device != "cpu" and bool(options.gpus_per_node or options.gres)
+    return Setting(
+        cached=Cached.look(CacheFolder(Path(workflow.cache_dir))),
+        processor=Processor(gpu, slots[0].n_threads),
+        cache_gib=workflow.cache_gib,
+        beside=baselines_of(workflow, [planned.cell for planned in plan.cells if planned.runs]),
+    )
+
+
+def times(jobs: Sequence[Job], costs: Sequence[Cost], rate: float) -> list[float]:
+    """About how many seconds each job takes; the first one of a stream makes what the others read."""
+    seen: set[StreamConfig] = set()
+    seconds = []
+    for job, cost in zip(jobs, costs, strict=True):
+        stream = job.cells[0].stream
+        seconds.append(cost.seconds(rate, shared=stream in seen))
+        seen.add(stream)
+    return seconds
 
 
 def room_for(workflow: Workflow, options: LocalOptions | SlurmOptions) -> list[Slot]:
