@@ -68,15 +68,20 @@ class Process:
         self.contender = contender
         self.seconds: list[float] = []
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        read, write = os.pipe()
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(contender.case.threads), "ANSWERS": str(write)}
         self._process = subprocess.Popen(
             contender.command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._errors,
             stderr=self._errors,
+            pass_fds=(write,),
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(contender.case.threads)},
+            env=os.environ | environment,
         )
+        os.close(write)
+        self._answers = os.fdopen(read)
 
     def warm_up(self) -> None:
         """Make the state and take two steps, the second one watched."""
@@ -93,19 +98,19 @@ class Process:
 
     def close(self) -> None:
         """End it and wait until it has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
         self._errors.close()
 
     def _ask(self, line: str) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         answer = ""
         with suppress(BrokenPipeError):
             print(line, file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
+            answer = self._answers.readline()
         if not answer:
             code = self._process.wait()
             self._errors.seek(0)

@@ -7,14 +7,15 @@
    floor_fraction the floor's seconds over the contender's. The floor is the encoder's product of the whole batch.
 4. peak_mb is what training takes at most, in MiB: state, gradients and temporaries, without libraries and batches.
 
-Data is random: it decides nothing but which latents fire. Dead latents are held down by their bias.
+Data is random: it decides nothing but which latents fire. Dead latents are held down by their bias. Peers live in
+environments of their own (`python -m benchmarks.peers build`); one that is missing is named.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # python benchmarks/step.py is the same as python -m benchmarks.step
 
 from benchmarks.contest import Case, Contender, Measured, contest
+from benchmarks.peers import FOLDER, PEERS, python
 
 OURS = ("sparse", "reference", "matryoshka_sae")
 
@@ -41,19 +43,25 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first shape only, three rounds: under five minutes")
+    parser.add_argument("--quick", action="store_true", help="one shape, three rounds, no dead latents of peers")
     parser.add_argument("--shapes", nargs="+", type=shape, help="d x dict_size x top_k x batch, as 640x18432x96x2048")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="plain or nested, + the share of dead")
-    parser.add_argument("--impls", nargs="+", default=list(OURS), choices=OURS, help="who takes part, but the floor")
+    parser.add_argument("--impls", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS], help="who takes part")
+    parser.add_argument("--peers", type=Path, default=FOLDER, help="environments of peers, default: %(default)s")
     parser.add_argument("--rounds", type=int, help="steps of each contender (default 7, with --quick 3)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     asked = parser.parse_args()
+    missing = [name for name in asked.impls if name in PEERS and not python(asked.peers, PEERS[name]).exists()]
+    for name in missing:
+        print(f"{name} is missing: python -m benchmarks.peers build {name}", flush=True)
+    impls = {name: command(name, asked.peers) for name in asked.impls if name not in missing}
     rows: list[Row] = []
     for one in asked.shapes or ([QUICK] if asked.quick else SHAPES):
-        found = list(contenders(one, asked.variants, asked.impls, asked.device, asked.threads))
-        measured = contest(found, asked.rounds or (3 if asked.quick else 7))
+        found = contenders(one, asked.variants, impls, asked.device, asked.threads)
+        taking_part = [each for each in found if fits(each, quick=asked.quick)]
+        measured = contest(taking_part, asked.rounds or (3 if asked.quick else 7))
         print("\n".join([*table(rows_of(measured)), *costs(measured), ""]), flush=True)
         rows += rows_of(measured)
         if asked.json:
@@ -65,16 +73,30 @@ def shape(text: str) -> tuple[int, ...]:
     return d, dict_size, top_k, batch
 
 
+def command(impl: str, peers: Path) -> tuple[str, ...]:
+    """What starts an implementation."""
+    if impl in PEERS:
+        return str(python(peers, PEERS[impl])), "-m", PEERS[impl].module
+    return sys.executable, "-m", "benchmarks.contenders", impl
+
+
+def fits(contender: Contender, *, quick: bool) -> bool:
+    """Whether an implementation can do this, and may: a quick run shows peers without dead latents only."""
+    peer, case = PEERS.get(contender.impl), contender.case
+    return peer is None or ((peer.nested or len(case.groups) == 1) and not (quick and case.dead_fraction))
+
+
 def contenders(
-    shape: Sequence[int], variants: Iterable[str], impls: Sequence[str], device: str, threads: int
+    shape: Sequence[int], variants: Iterable[str], impls: Mapping[str, tuple[str, ...]], device: str, threads: int
 ) -> Iterator[Contender]:
     """The floor, and every implementation on every variant."""
     for variant in ("floor", *variants):
         nesting, _, dead = variant.partition("+")
         groups = [int(shape[1] * part) for part in (NESTED if nesting == "nested" else (1.0,))]
         case = Case(*shape, tuple(groups), float(dead or 0), device, threads)
-        for impl in ("floor",) if variant == "floor" else impls:
-            yield Contender(impl, (sys.executable, "-m", "benchmarks.contenders", impl), case)
+        commands = {"floor": command("floor", FOLDER)} if variant == "floor" else impls
+        for impl, words in commands.items():
+            yield Contender(impl, words, case)
 
 
 def rows_of(measured: Sequence[Measured]) -> list[Row]:

@@ -1,7 +1,8 @@
 """A contender of the step benchmark, in a process of its own: it makes a state, then takes one step when it is told.
 
-Requests are lines on standard input, answers are JSON lines on standard output; whatever a library prints goes to
-standard error. Torch and the standard library are all this needs, so it runs in the environments of peers too.
+Requests are lines on standard input, answers are JSON lines in the file descriptor that ANSWERS names, where nothing
+that a library prints gets in between. Torch and the standard library are all this needs, so it runs in the
+environments of peers too.
 
     {a case}  ->  {"ready": true, "version": ...}
     step      ->  {"seconds": ...}
@@ -41,8 +42,7 @@ Make = Callable[[Case], Step]
 
 def serve(make: Make, version: str = "") -> None:
     """Answer requests until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = os.fdopen(int(os.environ["ANSWERS"]), "w")
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -53,7 +53,8 @@ def serve(make: Make, version: str = "") -> None:
     small = replace(
         case, d=64, dict_size=512, top_k=8, batch=256, groups=tuple(512 * n // case.dict_size for n in case.groups)
     )
-    make(small)(*made_up(small)[0])  # libraries take their own memory now
+    with EncoderTime(small):  # libraries take their own memory and time now
+        make(small)(*made_up(small)[0])
     batches = made_up(case)
     memory = Memory(case.device)
     step = make(case)
@@ -137,7 +138,7 @@ class Memory:
 
     def peak_mb(self) -> float:
         peak = resident("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
-        return (peak - self._before) / 2**20
+        return max(peak - self._before, 0) / 2**20
 
 
 def resident(key: str) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import contest, step
 from benchmarks.contenders import CONTENDERS
+from benchmarks.peers import FOLDER, PEERS, python
 from benchmarks.worker import EncoderTime, dead_latents, made_up
 
 CASE = contest.Case(
@@ -38,8 +39,21 @@ def test_dead_latents_are_as_many_as_asked_for_and_the_same_every_time() -> None
 def test_rows_of_a_run_and_a_contender_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--shapes", "16x512x8x64", "--variants", "plain", "nested+0.5", "--impls", "sparse", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["step", *asked, "--threads", "1", "--json", str(tmp_path / "rows.json")])
+    asked = [
+        "--shapes",
+        "16x512x8x64",
+        "--variants",
+        "plain",
+        "nested+0.5",
+        "--impls",
+        "sparse",
+        "sae_lens",
+        "--rounds",
+        "2",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["step", *asked, "--threads", "1", "--peers", str(tmp_path), "--json", str(tmp_path / "rows.json")]
+    )
     missing = contest.Contender("missing", (sys.executable, "-c", "raise SystemExit('no such peer')"), CASE)
     found = step.contenders
     monkeypatch.setattr(step, "contenders", lambda *args: [*found(*args), missing])
@@ -56,7 +70,25 @@ def test_rows_of_a_run_and_a_contender_that_fails(
         assert row["seconds"] > 0
         assert 0 < row["encoder_fraction"] < 1
         assert row["floor_fraction"] > 0
-        assert row["peak_mb"] > 0
+        assert 0 <= row["peak_mb"] < 100  # libraries are not counted
     captured = capsys.readouterr()
     assert "missing (d 16, nested) is left out: no such peer" in captured.err
-    assert "sparse" in captured.out
+    assert "sae_lens is missing: python -m benchmarks.peers build sae_lens" in captured.out
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("variant", ["plain", "nested+0.5"])
+def test_a_peer_takes_steps_in_its_own_environment(name: str, variant: str) -> None:
+    """Needs `python -m benchmarks.peers build`."""
+    if not python(FOLDER, PEERS[name]).exists():
+        pytest.skip(f"{name} is not built")
+    commands = {name: step.command(name, FOLDER)}
+    found = [
+        one for one in step.contenders((16, 512, 8, 64), [variant], commands, "cpu", 1) if step.fits(one, quick=False)
+    ]
+    rows = step.rows_of(contest.contest(found, rounds=1))
+    assert [row["impl"] for row in rows] == ["floor", name] if PEERS[name].nested or variant == "plain" else ["floor"]
+    for row in rows[1:]:
+        assert row["version"] in PEERS[name].requirements.read_text()
+        assert 0 < row["encoder_fraction"] < 1
