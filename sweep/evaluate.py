@@ -7,8 +7,9 @@
 Nothing is changed by being looked at, and what one transcoder scores does not depend on which others are there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,6 +34,9 @@ from sweep.metrics import (
 from sweep.progress import Report, silent
 
 __all__ = ["Evaluation", "Predictor", "evaluate"]
+
+Attempt = Callable[[str, Callable[[], None]], bool]
+"""Does what concerns the predictor of a name alone, and tells whether it went well."""
 
 
 @runtime_checkable
@@ -69,6 +73,11 @@ class Evaluation:
     """What excites each latent most, as TopContexts gives it; empty where none were asked for."""
 
 
+def simply(_: str, action: Callable[[], None]) -> bool:
+    action()
+    return True
+
+
 @torch.no_grad()
 def evaluate(
     predictors: Mapping[str, tuple[Site, Predictor]],
@@ -77,8 +86,11 @@ def evaluate(
     report: Report = silent,
     n_blocks: int = 0,
     n_contexts: int = 0,
+    attempt: Attempt = simply,
 ) -> dict[str, Evaluation]:
     """Score every predictor on the held-out blocks, in one pass.
+
+    `attempt` does what concerns one predictor alone; where it returns False, that one is left out from then on.
 
     `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_blocks` is how many will
     come, for the report. Of each latent the `n_contexts` contexts that excite it most are kept.
@@ -92,15 +104,20 @@ def evaluate(
     for n_done, block in enumerate(heldout, 1):
         for site, moment in moments.items():
             moment.update(block[site].target)
-        for score in scores.values():
-            score.update(block[score.site])
+        for name, score in list(scores.items()):
+            if not attempt(name, partial(score.update, block[score.site])):
+                del scores[name]
         report("evaluate", n_done, n_blocks, "blocks")
     if not n_done:
         raise DataError("the held-out split has no row; raise n_heldout_tokens= or give more text")
     deviations = {site: moment.deviations() for site, moment in moments.items()}
     evaluations: dict[str, Evaluation] = {}
-    for name, score in scores.items():
+
+    def conclude(name: str, score: Score) -> None:
         evaluations[name] = score.evaluation(deviations[score.site], seq_tokens)
+
+    for name, score in scores.items():
+        attempt(name, partial(conclude, name, score))
         report("compare decoder rows", len(evaluations), len(scores), "cells")
     return evaluations
 

@@ -15,8 +15,9 @@ from typing import IO, Any
 
 from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
 from sweep.config import Cell, Site, cell_from_json
-from sweep.errors import Diverged, Superseded, SweepError
+from sweep.errors import Superseded, SweepError
 from sweep.evaluate import Evaluation
+from sweep.failures import kind
 from sweep.leftovers import tidy_cell
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
@@ -68,14 +69,19 @@ class Member:
         """Say what the gang is at and how far the cell is, at most every HEARTBEAT_SECONDS."""
         if time.monotonic() - self.last_beat <= HEARTBEAT_SECONDS:
             return
-        self.set_status(durable=False, progress=progress, **({} if self.run is None else self.run.standing()))
+        with contextlib.suppress(OSError):  # a full disk may be empty again when there is something to save
+            self.set_status(durable=False, progress=progress, **({} if self.run is None else self.run.standing()))
 
 
 @dataclass
 class Gang:
-    """The members still in it, and the one place where an error costs a member its place."""
+    """The members still in it, and the one place where an error costs a member its place.
+
+    `at` is told whose work follows, and an empty name when it is done.
+    """
 
     members: list[Member]
+    at: Callable[[str], None]
 
     @property
     def sites(self) -> list[Site]:
@@ -90,11 +96,14 @@ class Gang:
         """Run the action; on any error record class, message and traceback, and let the member go."""
         if member not in self.members:
             return False
+        self.at(member.cell.cell_id)
         try:
             action()
         except Exception as error:
             self.fail(member, error)
             return False
+        finally:
+            self.at("")
         return True
 
     def beat(self, progress: Snapshot) -> None:
@@ -114,9 +123,9 @@ class Gang:
             return
         trace = "".join(traceback.format_exception(error))
         member.log.info("failed: %s", error if isinstance(error, SweepError) else trace)
-        with contextlib.suppress(Superseded):
+        try:
             member.set_status(
-                state="diverged" if isinstance(error, Diverged) else "failed",
+                state=kind(error),
                 failures=member.status.failures + 1,
                 **({} if member.run is None else member.run.standing()),
                 error={
@@ -125,6 +134,10 @@ class Gang:
                     "traceback": trace,
                 },
             )
+        except Superseded:
+            pass
+        except OSError as unwritten:
+            log.error("cell %s %s, and its status cannot be written: %s", member.cell.cell_id, kind(error), unwritten)
 
     def fail_all(self, error: Exception) -> None:
         for member in list(self.members):

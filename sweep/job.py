@@ -38,17 +38,24 @@ from sweep.train import Run, train
 __all__ = ["run_gang"]
 
 
-def run_gang(cell_ids: Sequence[str], workflow: Workflow, report: Report, stop: Callable[[], bool]) -> None:
+def run_gang(
+    cell_ids: Sequence[str],
+    workflow: Workflow,
+    report: Report,
+    stop: Callable[[], bool],
+    at: Callable[[str], None] = lambda _: None,
+) -> None:
     """Train, evaluate and commit the cells whose configs lie in `results_dir/cells/`, which share one stream.
 
-    Errors end in the status of the cells they hit. `stop` is polled at every step and block.
+    Errors end in the status of the cells they hit. `stop` is polled at every step and block; `at` is told which cell's
+    work follows.
 
     Raises:
         Interrupted: `stop` became true; the cells are saved.
     """
     results = ResultsFolder(Path(workflow.results_dir))
     with contextlib.ExitStack() as stack:
-        gang = Gang(list(join(cell_ids, results, stack)))
+        gang = Gang(list(join(cell_ids, results, stack)), at)
         if not gang.members:
             return
 
@@ -190,6 +197,7 @@ def evaluate_all(
     gang: Gang, beside: Sequence[Beside], place: Workplace, workflow: Workflow, report: Report
 ) -> dict[str, Evaluation]:
     """Score the members on the held-out rows, and the baselines beside them, all in one pass."""
+    members = {member.cell.cell_id: member for member in gang.members}
     predictors = {m.cell.cell_id: (m.cell.site, m.transcoder) for m in gang.members if m.transcoder}
     if not predictors:
         return {}
@@ -197,7 +205,14 @@ def evaluate_all(
     heldout = place.stream.split("heldout", also=[one.baseline.site for one in beside])
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
-    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts)
+
+    def attempt(name: str, action: Callable[[], None]) -> bool:
+        if name in members:
+            return gang.attempt(members[name], action)
+        action()
+        return True
+
+    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, attempt)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
     return evaluations

@@ -78,11 +78,19 @@ class Workflow:
     baselines_l0: str = option("which of them: all, lowest, nearest:<number>, or an L0 that is there")
     baselines_width: str = option("their width, as in their folders' names")
     baselines_revision: str | None = option("commit on the hub; null takes the newest")
+    hang_minutes: float = option("minutes without a sign of life after which a job is ended; 0 waits for ever")
+    retry: Literal["all", "failed", "none"] = option(
+        "cells that failed before: all runs them with the others, failed runs them only, none leaves them"
+    )
     wait: bool = option("watch until the jobs are over; false submits and returns (hydra/launcher=slurm)")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(
-            0, n_contexts=self.n_contexts, checkpoint_steps=self.checkpoint_steps, cache_gib=self.cache_gib
+            0,
+            n_contexts=self.n_contexts,
+            checkpoint_steps=self.checkpoint_steps,
+            cache_gib=self.cache_gib,
+            hang_minutes=self.hang_minutes,
         )
         yield from device_problems(self.device)
         if not re.fullmatch(L0_CHOICE, self.baselines_l0):

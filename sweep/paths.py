@@ -128,6 +128,10 @@ class LaunchFolder:
         """What job `number` is to do."""
         return self.root / f"job_{number}.json"
 
+    def printed(self, number: int) -> Path:
+        """What job `number` of the local queue printed."""
+        return self.root / f"job_{number}.err"
+
     @property
     def submission(self) -> Path:
         """Which cells went to Slurm in which job."""

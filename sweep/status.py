@@ -5,12 +5,18 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from sweep.failures import Failure
 from sweep.paths import CellFolder, write_json
 from sweep.progress import Snapshot
 
-__all__ = ["SCORES", "State", "Status", "read_status"]
+__all__ = ["FAILED", "SCORES", "State", "Status", "read_status"]
 
-State = Literal["new", "running", "interrupted", "failed", "diverged", "done"]
+State = Literal["new", "running", "interrupted", "done"] | Failure
+STATES = ("new", "running", "interrupted", "done", *get_args(Failure))
+
+FAILED: tuple[State, ...] = ("failed", "diverged", "out_of_memory", "disk_full", "crashed", "hung")
+"""Ends by an error. A kill is none: it says nothing about the cell."""
+
 MAX_BYTES = 1 << 20
 
 SCORES = ("fvu", "l0", "dead_fraction")
@@ -52,7 +58,7 @@ class Status:
         texts = (*self.error.values(), self.host, self.job, self.progress.phase, self.progress.unit)
         scores = (self.fvu, self.l0, self.dead_fraction)
         return (
-            self.state in get_args(State)
+            self.state in STATES
             and all(type(count) is int for count in (*counts, self.progress.total))
             and all(type(number) in (int, float) for number in (*numbers, *(s for s in scores if s is not None)))
             and all(isinstance(text, str) for text in texts)

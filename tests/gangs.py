@@ -36,6 +36,8 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "n_contexts": 0,
         "device": "cpu",
         **NO_BASELINES,
+        "hang_minutes": 0.0,
+        "retry": "all",
         "wait": True,
     }
     return Workflow(**values | overrides)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"sweep", "sweep.errors", "sweep.progress"},
-    {"sweep.revisions"},
+    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse"},
+    {"sweep.revisions", "sweep.failures"},
     {"sweep.config", "sweep.paths"},
     {"sweep.attempt"},
     {"sweep.options", "sweep.status", "sweep.provenance", "sweep.summary"},
@@ -56,6 +56,7 @@ LAYERS: list[set[str]] = [
         "sweep.launch.squeue",
     },
     {"sweep.launch.slurm_options", "sweep.launch.jobs", "sweep.launch.payload", "sweep.launch.beside"},
+    {"sweep.launch.endings"},
     {
         "sweep.launch.register",
         "sweep.launch.console",
@@ -78,7 +79,7 @@ TORCH_FREE = {
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
-        "sweep.attempt", "sweep.leftovers", "sweep.cached",
+        "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }

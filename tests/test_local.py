@@ -50,6 +50,12 @@ def started(root: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def broken(faults: str) -> dict[str, str]:
+    """An environment in which steps break, as tests/broken says."""
+    path = os.pathsep.join([str(ROOT / "tests" / "broken"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "BREAK": faults}
+
+
 def unlocked(root: Path) -> bool:
     """Whether nobody works on any cell."""
     locks = [try_lock(path / ".lock") for path in root.glob("cells/*")]
@@ -93,16 +99,22 @@ def test_two_slots_run_two_jobs_at_once_and_end_in_the_same_bytes(
         same_bytes(unbroken, ResultsFolder(tmp_path), cell_from_json(path.read_text()))
 
 
-def test_a_killed_job_is_seen_at_once_and_resumed_by_the_next_run(
+def test_a_killed_job_is_tried_once_more_and_then_resumed_by_the_next_run(
     tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     process = started(tmp_path, *LONG, f"cache_dir={cache.root}", "hydra.launcher.slots=2")
     wait_for(lambda: n_training(tmp_path) == 2)
-    jobs_of(tmp_path)[0].kill()
+    first = jobs_of(tmp_path)[0]
+    first.kill()
+    wait_for(lambda: any(status.attempts == 2 and status.state == "running" for status in statuses(tmp_path)))
+    (again,) = {status.pid for status in statuses(tmp_path) if status.attempts == 2}
+    psutil.Process(again).kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
+    assert "killed by signal 9 (SIGKILL) (out of memory?)" in errors
+    assert "cells that go on: 1 in job 3" in errors
     assert "1 cell" in errors
-    assert "was killed" in errors
+    assert "was killed by signal 9" in errors
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert sorted(status.failures for status in statuses(tmp_path)) == [0, 0]
     assert "1 resume" in finish_and_compare(tmp_path, cache, unbroken)
@@ -189,7 +201,7 @@ def test_no_job_outlives_its_launcher(tmp_path: Path, cache: CacheFolder, unbrok
     process = started(tmp_path, *LONG, f"cache_dir={cache.root}")
     wait_for(lambda: n_training(tmp_path) == 2)
     family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 2
+    assert family
     process.send_signal(signal.SIGKILL)
     process.communicate()
     _, alive = psutil.wait_procs(family, timeout=30)
@@ -208,6 +220,47 @@ def test_a_failing_cell_leaves_the_others_and_is_told(tmp_path: Path, cache: Cac
     assert "diverged" in done.stderr
     assert "more in" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_gang_of_ten_breaks_in_three_ways_and_the_others_end_in_the_same_bytes(
+    tmp_path: Path, cache: CacheFolder
+) -> None:
+    """An error, a lack of memory and a crash; only the lack of memory is tried again, alone."""
+    rates = [f"{rate}e-4" for rate in range(10, 20)]
+    grid = ("-m", "experiment=smoke", f"lr={','.join(rates)}", "steps=60", "hydra.launcher.slots=1")
+    grid = (*grid, f"cache_dir={cache.root}", "keep_checkpoints=true", "checkpoint_steps=20")
+    whole = run(*grid, f"results_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    faults = "error@12e-4@5,memory@14e-4@9,crash@16e-4@30"
+    done = run(*grid, f"results_dir={tmp_path / 'out'}", environment=broken(faults))
+    assert done.returncode == 1
+    unbroken, results = ResultsFolder(tmp_path / "whole"), ResultsFolder(tmp_path / "out")
+    cells = [cell_from_json(path.read_text()) for path in results.root.glob("cells/*/config.json")]
+    bad = {12e-4: "failed", 14e-4: "out_of_memory", 16e-4: "crashed"}
+    for cell in cells:
+        status = read_status(results.cell(cell.cell_id))
+        assert status.state == bad.get(cell.schedule.lr, "done")
+        if cell.schedule.lr in bad:
+            assert not results.row("runs", cell.cell_id).exists()
+            assert status.attempts == (2 if status.state == "out_of_memory" else 1)
+        else:
+            same_bytes(unbroken, results, cell)
+    for words in ("failed: broken on purpose", "out of memory: ", "crashed: by signal 11 (SIGSEGV)"):
+        assert words in done.stderr
+    assert "7 in job 2, 1 in job 3" in done.stderr or "1 in job 2, 7 in job 3" in done.stderr
+    told = subprocess.run(
+        [sys.executable, "-m", "sweep", "status", str(results.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "crashed: by signal 11 (SIGSEGV)" in told.stdout + told.stderr
+    again = run(*grid, f"results_dir={results.root}", "retry=failed")
+    assert again.returncode == 0, again.stderr
+    assert "3 retry" in again.stdout
+    for cell in cells:
+        same_bytes(unbroken, results, cell)
 
 
 def test_wrong_launcher_options_are_refused_in_plain_words(tmp_path: Path) -> None:

@@ -215,5 +215,12 @@ def test_options_schema_holds_every_option_once() -> None:
 def test_a_bad_workflow_value_is_named(overrides: dict[str, Any], message: str) -> None:
     values = {"results_dir": "out", "cache_dir": "cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10}
     with pytest.raises(ConfigError, match=message):
-        fixed = {"keep_checkpoints": False, "n_contexts": 0, "device": "cpu", "wait": True} | NO_BASELINES
+        fixed = {
+            "keep_checkpoints": False,
+            "n_contexts": 0,
+            "device": "cpu",
+            "wait": True,
+            "hang_minutes": 0.0,
+            "retry": "all",
+        } | NO_BASELINES
         workflow_from_options(values | fixed | overrides)

@@ -1,14 +1,19 @@
 """What a results folder tells of all its cells and their jobs, from any machine that sees it."""
 
+import os
+
+from sweep.attempt import whereabouts
 from sweep.errors import CheckpointError, ResultsError
+from sweep.launch import console
 from sweep.launch.console import out, plural
-from sweep.launch.outcome import DONE, tell
+from sweep.launch.outcome import DONE, causes, tell
 from sweep.launch.plan import Planned, is_locked, look_up
 from sweep.launch.slurm import SlurmJobs
 from sweep.launch.squeue import SlurmSilent, scancel
 from sweep.launch.watch import Watcher, watch_slurm
 from sweep.paths import CellFolder, ResultsFolder
 from sweep.saved import read_cell
+from sweep.status import FAILED
 
 __all__ = ["cancel", "cells_of", "collect", "status", "watch"]
 
@@ -47,13 +52,16 @@ def status(results: ResultsFolder) -> int:
     for cell_id, row in rows.items():
         job = jobs.of(cell_id)
         here = is_locked(results.cell(cell_id))
+        begun = row.status.state == "running"
         if results.row("runs", cell_id).exists():
             rows[cell_id] = row.saying("done")
-        elif (
-            row.status.state == "running" and not here and row.status.job and not jobs.silent and not (job and job.live)
-        ):
+        elif begun and not here and row.status.job and not jobs.silent and not (job and job.live):
             rows[cell_id] = row.saying(f"lost ({job.words if job else 'unknown to Slurm'})")
+        elif begun and not here and not row.status.job and row.status.host == whereabouts(os.environ):
+            rows[cell_id] = row.saying("killed")
     out.print(Watcher(cells, results).table(rows, room=len(rows)))
+    ended = [cell_id for cell_id, row in rows.items() if row.status.state in FAILED and row.word != "done"]
+    console.show_failures(causes(ended, results, jobs))
     if jobs.silent:
         out.print(f"Slurm was not asked: {jobs.silent}")
     for job in jobs.live:

@@ -16,10 +16,11 @@ Cells = Sequence[Cell]
 
 @dataclass(frozen=True)
 class Job:
-    """Cells that train together in one process."""
+    """Cells that train together in one process. Should it die in its `last_try`, nothing is tried any more."""
 
     cells: tuple[Cell, ...]
     memory_bytes: float
+    last_try: bool = False
 
     @property
     def cell_ids(self) -> list[str]:

@@ -23,7 +23,7 @@ from sweep.launch.cost import Cost, Setting, gang_cost, machine_flops, training_
 from sweep.launch.jobs import Job, divide
 from sweep.launch.local import Queue, run_local
 from sweep.launch.machine import LocalOptions, Slot, find_slots
-from sweep.launch.outcome import DONE, FAILED, INTERRUPTED, WRONG, tell
+from sweep.launch.outcome import DONE, INTERRUPTED, NOT_DONE, WRONG, tell
 from sweep.launch.plan import Composed, Plan, make_plan, resolve
 from sweep.launch.slurm import SlurmJobs, follow, live_cells, sbatch_script, submit
 from sweep.launch.slurm_options import SlurmOptions
@@ -157,9 +157,9 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
     """Freeze the configs, run the jobs and show what came of them."""
     sweep_id = begin(plan, jobs, results)
     if not jobs:
-        return tell(plan.unique, results)
+        return tell(plan.asked, results)
     with launch_folder(results, sweep_id) as folder:
-        queue = Queue(jobs, slots, plan.workflow, folder)
+        queue = Queue(jobs, slots, plan.workflow, folder, console.problem)
         try:
             with stopping() as stop:
                 run(queue, plan, results, stop)
@@ -168,7 +168,7 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
             what = "what was running is saved" if saved else "cells go on from their last checkpoint"
             console.problem(f"interrupted; {what}. To go on:\n    {command()}")
             return INTERRUPTED
-        return tell(plan.unique, results, queue)
+        return tell(plan.asked, results, queue)
 
 
 def execute_in_slurm(plan: Plan, jobs: Sequence[Job], options: SlurmOptions, results: ResultsFolder) -> int:
@@ -183,7 +183,7 @@ def execute_in_slurm(plan: Plan, jobs: Sequence[Job], options: SlurmOptions, res
         console.problem(f"the rest was not submitted; give the command again later. {problem}")
     if not plan.workflow.wait:
         console.out.print(FOLLOW.format(results=shlex.quote(str(results.root))))
-        return FAILED if problem else DONE
+        return NOT_DONE if problem else DONE
     cells = [planned for planned in plan.unique if planned.runs or planned.action == "running"]
     followed = SlurmJobs(results, [planned.cell.cell_id for planned in cells])
     try:
@@ -192,7 +192,7 @@ def execute_in_slurm(plan: Plan, jobs: Sequence[Job], options: SlurmOptions, res
     except (Interrupted, KeyboardInterrupt):
         console.out.print(FOLLOW.format(results=shlex.quote(str(results.root))))
         return INTERRUPTED
-    return tell(plan.unique, results, followed)
+    return tell(plan.asked, results, followed)
 
 
 FOLLOW = """the jobs are in Slurm's hands. From any node:
@@ -234,7 +234,7 @@ def launch_folder(results: ResultsFolder, sweep_id: str) -> Iterator[LaunchFolde
     folder = LaunchFolder(Path(tempfile.mkdtemp(prefix=f"{sweep_id}.", dir=results.sweeps)))
     with locked(folder.lock):
         yield folder
-    if not any(log.stat().st_size for log in folder.submitit.glob("*.err")):
+    if not any(log.stat().st_size for log in folder.root.glob("*.err")):
         shutil.rmtree(folder.root)
 
 

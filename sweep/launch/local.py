@@ -1,41 +1,38 @@
 """Backend `local`: a queue of jobs over the slots of this machine, each job a process of its own.
 
-submitit starts the processes; it has no queue, no pinning by UUID and no way to stop gently, so those are here.
-Whether a job is over is known from its process, how its cells fared from their `status.json`; submitit's pickles are
-never read.
+Whether a job is over, and how it ended, is known from its process, how its cells fared from their `status.json`. Cells
+that a dead job left unfinished go on in smaller jobs (`endings`). submitit has no queue for a machine of its own, no
+pinning by UUID, no way to stop gently, and drops exit codes: it is not used here.
 """
 
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from sweep.config import Cell
 from sweep.errors import Interrupted
 from sweep.launch import payload
+from sweep.launch.endings import Ending, divided, ending_of, halves, part
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
+from sweep.launch.plan import is_locked
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder
-from sweep.status import Status, read_status
-
-if TYPE_CHECKING:
-    import subprocess
-
-    import submitit
+from sweep.paths import LaunchFolder, ResultsFolder, try_lock
+from sweep.results import has_row
+from sweep.status import FAILED, State, Status, read_status
 
 __all__ = ["Queue", "Running", "run_local"]
 
 POLL_SECONDS = 0.2
-FOREVER_MINUTES = 60 * 24 * 365 * 10
-"""submitit kills a local job after two minutes unless told otherwise."""
-
 ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = "was killed: its process ended without a word; give the command again to go on"
@@ -51,6 +48,8 @@ class Running:
     job: Job
     slot: Slot
     process: "subprocess.Popen[bytes]"
+    before: Mapping[str, Status] = field(default_factory=dict)
+    """What its cells said before it started."""
 
     @property
     def over(self) -> bool:
@@ -68,35 +67,47 @@ class Running:
 class Queue:
     """The jobs that wait, run and are over."""
 
-    def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], workflow: Workflow, folder: LaunchFolder) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        slots: Sequence[Slot],
+        workflow: Workflow,
+        folder: LaunchFolder,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.waiting = deque(enumerate(jobs, 1))
         self.running: list[Running] = []
         self.ended: list[Running] = []
-        results = ResultsFolder(Path(workflow.results_dir))
+        self._results = ResultsFolder(Path(workflow.results_dir))
         ids = (cell_id for job in jobs for cell_id in job.cell_ids)
-        self._starts_before = {cell_id: read_status(results.cell(cell_id)).attempts for cell_id in ids}
+        self._starts_before = {cell_id: read_status(self._results.cell(cell_id)).attempts for cell_id in ids}
         self._free = list(slots)
         self._workflow = workflow
         self._folder = folder
-        self._executor: submitit.LocalExecutor | None = None
+        self._say = say
+        self._stopping = False
 
     def fill(self) -> None:
         """Start waiting jobs in free slots."""
         while self.waiting and self._free:
             number, job = self.waiting.popleft()
             slot = self._free.pop(0)
-            self.running.append(Running(number, job, slot, self._start(number, job, slot)))
+            before = {cell_id: read_status(self._results.cell(cell_id)) for cell_id in job.cell_ids}
+            self.running.append(Running(number, job, slot, self._start(number, job, slot), before))
 
     def ask_to_stop(self) -> None:
         """Every job saves and ends at its next step; one that is still starting ends before its first."""
+        self._stopping = True
         self._folder.stop.touch()
 
     def reap(self) -> None:
-        """Take the jobs out whose process has ended."""
+        """Take the jobs out whose process has ended; what they left unfinished goes on in new ones."""
         for running in [each for each in self.running if each.over]:
             self.running.remove(running)
             self.ended.append(running)
             self._free.append(running.slot)
+            if not self._stopping:
+                self._go_on(running)
 
     @property
     def over(self) -> bool:
@@ -123,20 +134,81 @@ class Queue:
         jobs = [running for running in self.ended if cell_id in running.job.cell_ids]
         if not jobs:
             return None
-        return KILLED, self._folder.submitit / f"{jobs[-1].process.pid}_0_log.err"
+        return KILLED, self._folder.printed(jobs[-1].number)
 
     def _start(self, number: int, job: Job, slot: Slot) -> "subprocess.Popen[bytes]":
-        if self._executor is None:
-            import submitit
-
-            self._executor = submitit.LocalExecutor(self._folder.submitit)
-            self._executor.update_parameters(timeout_min=FOREVER_MINUTES)
         path = self._folder.job(number)
         payload.describe(path, job.cell_ids, self._workflow, slot)
-        with start_environment(slot):
-            started: Any = self._executor.submit(payload.run, str(path))
-        process: subprocess.Popen[bytes] = started._process
-        return process
+        command = [sys.executable, "-u", "-m", payload.__name__, str(path)]
+        with start_environment(slot), self._folder.printed(number).open("wb") as printed:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=printed)
+
+    def _go_on(self, running: Running) -> None:
+        """Give what a job left unfinished to new jobs, where that can help, and say so in the cells' statuses."""
+        left = Left(running, self._results)
+        again, why = [], []
+        if left.interrupted and (left.advanced or not running.job.last_try):
+            again.append(replace(part(running.job, left.interrupted), last_try=not left.advanced))
+            why.append("was asked to stop")
+        if left.short_of_memory:
+            again += smaller(running.job, left.short_of_memory)
+            why.append("ran out of memory")
+        if left.died:
+            code = running.process.returncode
+            ending = ending_of(code, self._folder.job(running.number), self._folder.printed(running.number))
+            jobs, given_up = divided(running.job, ending, left.died)
+            again += jobs
+            why.append(f"{ending.state} {ending.message}" + (f", at cell {ending.cell_id}" if ending.cell_id else ""))
+            for cell in left.died:
+                record(ending, cell, self._results, blamed=cell in given_up or cell.cell_id == ending.cell_id)
+        if not why:
+            return
+        numbers = range(self.n_jobs + 1, self.n_jobs + 1 + len(again))
+        self.waiting.extend(zip(numbers, again, strict=True))
+        on = ", ".join(f"{len(job.cells)} in job {number}" for number, job in zip(numbers, again, strict=True))
+        self._say(f"job {running.number} {' and '.join(why)}; cells that go on: {on or 'none'}")
+
+
+class Left:
+    """The cells of an ended job that have neither a row nor an error of their own, by what came in their way."""
+
+    def __init__(self, running: Running, results: ResultsFolder) -> None:
+        self.interrupted: list[Cell] = []
+        self.short_of_memory: list[Cell] = []
+        self.died: list[Cell] = []
+        self.advanced = False
+        """Whether an interrupted one has taken steps."""
+        for cell in running.job.cells:
+            if has_row(results, cell.cell_id) or is_locked(results.cell(cell.cell_id)):
+                continue
+            before, status = running.before[cell.cell_id], read_status(results.cell(cell.cell_id))
+            state = status.state if status.attempts > before.attempts else "new"
+            if state == "interrupted":
+                self.interrupted.append(cell)
+                self.advanced |= status.step > before.step
+            elif state == "out_of_memory":
+                self.short_of_memory.append(cell)
+            elif state in ("new", "running") and running.process.returncode != 0:
+                self.died.append(cell)
+
+
+def smaller(job: Job, cells: Sequence[Cell]) -> list[Job]:
+    """Jobs for cells that ran out of memory: without the others, or else in halves; none for a cell that was alone."""
+    if len(cells) < len(job.cells):
+        return [part(job, cells)]
+    return halves(job, cells) if len(cells) > 1 else []
+
+
+def record(ending: Ending, cell: Cell, results: ResultsFolder, *, blamed: bool) -> None:
+    """Write into a cell's status how its process ended, unless somebody is at the cell again."""
+    folder = results.cell(cell.cell_id)
+    if (lock := try_lock(folder.lock)) is None:
+        return
+    with lock:
+        status = read_status(folder)
+        state: State = ending.state if blamed else "interrupted"
+        error = {"class": ending.state, "message": ending.message, "traceback": ending.stacks}
+        status.changed(state=state, error=error, failures=status.failures + (state in FAILED)).write(folder)
 
 
 @contextlib.contextmanager

@@ -3,19 +3,20 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from sweep.failures import words
 from sweep.launch import console
 from sweep.launch.console import Failure
 from sweep.launch.local import KILLED
 from sweep.launch.plan import Planned, is_locked
 from sweep.paths import ResultsFolder
 from sweep.results import read_row
-from sweep.status import read_status
+from sweep.status import FAILED, read_status
 
-__all__ = ["DONE", "FAILED", "INTERRUPTED", "WRONG", "tell"]
+__all__ = ["DONE", "INTERRUPTED", "NOT_DONE", "WRONG", "tell"]
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, NOT_DONE, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 @runtime_checkable
@@ -28,20 +29,24 @@ class Ended(Protocol):
 
 def tell(cells: Sequence[Planned], results: ResultsFolder, jobs: Ended | None = None) -> int:
     """Show results and failures; the exit code says whether every cell is done."""
-    metrics: dict[str, dict[str, Any]] = {}
-    failures: dict[str, list[Failure]] = {}
-    for planned in cells:
-        cell_id = planned.cell.cell_id
-        if results.row("runs", cell_id).exists():
-            metrics[cell_id] = read_row(results.row("runs", cell_id))
-        else:
-            reason, log = why_not_done(cell_id, results, jobs)
-            failures.setdefault(reason, []).append((cell_id, log))
+    cell_ids = [planned.cell.cell_id for planned in cells]
+    rows = {cell_id: results.row("runs", cell_id) for cell_id in cell_ids}
+    metrics = {cell_id: read_row(row) for cell_id, row in rows.items() if row.exists()}
+    failures = causes([cell_id for cell_id in cell_ids if cell_id not in metrics], results, jobs)
     console.show_results(cells, metrics)
     console.show_failures(failures)
     if metrics:
         console.out.print(f"ranked against baselines: python -m analysis rank {shlex.quote(str(results.root))}")
-    return FAILED if failures else DONE
+    return NOT_DONE if failures else DONE
+
+
+def causes(cell_ids: Sequence[str], results: ResultsFolder, jobs: Ended | None) -> dict[str, list[Failure]]:
+    """Each reason why cells are not done, with those cells and where more is written."""
+    found: dict[str, list[Failure]] = {}
+    for cell_id in cell_ids:
+        reason, log = why_not_done(cell_id, results, jobs)
+        found.setdefault(reason, []).append((cell_id, log))
+    return found
 
 
 def why_not_done(cell_id: str, results: ResultsFolder, jobs: Ended | None) -> tuple[str, Path]:
@@ -51,6 +56,8 @@ def why_not_done(cell_id: str, results: ResultsFolder, jobs: Ended | None) -> tu
     ending = jobs and jobs.ending(cell_id)
     if is_locked(folder) and not status.job:
         return f"is being run by another process ({status.pid}); give the command again when it is done", folder.log
-    if status.state in ("failed", "diverged"):
-        return f"{status.state}: {status.error.get('message', '')}", folder.log
+    if status.state in FAILED:
+        return f"{words(status.state)}: {status.error.get('message', '')}", folder.log
+    if status.state == "killed":
+        return f"was killed {status.error.get('message', '')}; give the command again to go on", folder.log
     return ending or (KILLED, folder.log)

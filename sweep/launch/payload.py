@@ -1,4 +1,4 @@
-"""What a job's process runs: submitit imports this module in it and calls `run` with a path.
+"""What a job's process runs: `run` with a path in the local queue, `run_in_slurm` by submitit.
 
 A light module: a signal that arrives while torch is still being imported finds its handler in place.
 """
@@ -20,7 +20,7 @@ from sweep.launch.machine import Slot, usable_cores
 from sweep.launch.squeue import SlurmSilent, slurm
 from sweep.options import Workflow
 from sweep.paths import LaunchFolder, ResultsFolder, try_lock, write_atomic, write_json
-from sweep.progress import silent
+from sweep.pulse import Pulse
 from sweep.status import read_status
 
 __all__ = ["describe", "run", "run_in_slurm"]
@@ -61,10 +61,10 @@ def run(path: str) -> None:
     stop = stop_on_signals()
     threading.Thread(target=obey, args=(LaunchFolder(Path(path).parent), stop), daemon=True).start()
     os.environ |= environment(slot)
-    from sweep.job import run_gang
+    with Pulse(Path(path), 60 * workflow.hang_minutes) as pulse, contextlib.suppress(Interrupted):
+        from sweep.job import run_gang
 
-    with contextlib.suppress(Interrupted):  # the cells are saved and say so
-        run_gang(job["cell_ids"], workflow, silent, stop.is_set)
+        run_gang(job["cell_ids"], workflow, pulse.report, stop.is_set, pulse.at)
 
 
 def run_in_slurm(path: str) -> None:
@@ -79,13 +79,14 @@ def run_in_slurm(path: str) -> None:
     workflow = Workflow(**job["workflow"])
     stop = stop_on_signals()
     os.environ |= threads(min(usable_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK") or usable_cores())))
-    from sweep.job import run_gang
-
     results = ResultsFolder(Path(workflow.results_dir))
     folders = [results.cell(cell_id) for cell_id in job["cell_ids"]]
     steps = [read_status(folder).step for folder in folders]
     try:
-        run_gang(job["cell_ids"], workflow, silent, stop.is_set)
+        with Pulse(Path(path), 60 * workflow.hang_minutes) as pulse:
+            from sweep.job import run_gang
+
+            run_gang(job["cell_ids"], workflow, pulse.report, stop.is_set, pulse.at)
     except Interrupted:  # the cells are saved and say so
         advanced = [read_status(folder).step for folder in folders] != steps
         come_back(Path(path).with_suffix(".stalled"), advanced)
@@ -143,3 +144,7 @@ def obey(folder: LaunchFolder, stop: threading.Event) -> None:
     stop.set()
     time.sleep(GRACE_SECONDS)
     os._exit(1)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
+from sweep.failures import words
 from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.results import has_row
-from sweep.status import read_status
+from sweep.status import FAILED, read_status
 
 __all__ = ["Composed", "Plan", "Planned", "is_locked", "make_plan", "resolve"]
 
@@ -18,7 +19,7 @@ Composed = tuple[list[str], dict[str, Any] | str]
 
 OPTION_NAMES = {name for _, name, _, _ in option_fields()}
 
-Action = Literal["new", "resume", "retry", "done", "duplicate", "running"]
+Action = Literal["new", "resume", "retry", "done", "duplicate", "running", "left"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Plan:
     @property
     def unique(self) -> list[Planned]:
         return [planned for planned in self.cells if planned.action != "duplicate"]
+
+    @property
+    def asked(self) -> list[Planned]:
+        """The cells whose end tells how the sweep ended."""
+        only_failed = self.workflow.retry == "failed"
+        return [planned for planned in self.unique if planned.action != "left" or not only_failed]
 
 
 def resolve(jobs: Sequence[Composed]) -> tuple[Workflow, list[tuple[tuple[str, ...], Cell]]]:
@@ -118,10 +125,19 @@ def make_plan(
             action: Action = "duplicate"
             reason = "the same cell is in this sweep already"
         else:
-            action, reason = look_up(cell, results, elsewhere or {})
+            action, reason = chosen(workflow.retry, *look_up(cell, results, elsewhere or {}))
         seen.add(cell.cell_id)
         planned.append(Planned(cell, overrides, action, reason))
     return Plan(workflow, tuple(planned))
+
+
+def chosen(retry: str, action: Action, reason: str) -> tuple[Action, str]:
+    """What `retry=` makes of it: only the cells that failed before, or all but those."""
+    if retry == "failed" and action in ("new", "resume"):
+        return "left", "retry=failed runs only what failed before"
+    if retry == "none" and action == "retry":
+        return "left", f"retry=none; {reason}"
+    return action, reason
 
 
 def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) -> tuple[Action, str]:
@@ -136,9 +152,9 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
         return "running", elsewhere[cell.cell_id]
     if is_locked(folder):
         return "running", f"process {status.pid} is at it"
-    if status.state in ("failed", "diverged"):
+    if status.state in FAILED:
         message = status.error.get("message", "").partition("\n")[0]
-        return "retry", f"{status.state} before ({status.failures}): {message}"
+        return "retry", f"{words(status.state)} before ({status.failures}): {message}"
     if checkpoints:
         return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
     return "new", "started before, without a checkpoint" if status.attempts else ""

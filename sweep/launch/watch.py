@@ -14,20 +14,21 @@ from rich.table import Table
 
 from sweep.config import Cell
 from sweep.errors import Interrupted
+from sweep.failures import words as words_for
 from sweep.launch import console
 from sweep.launch.console import duration, out, plural, readable, varied
 from sweep.launch.plan import Planned
 from sweep.launch.slurm import SlurmJobs
 from sweep.paths import ResultsFolder
 from sweep.progress import Snapshot
-from sweep.status import Status, read_status
+from sweep.status import FAILED, Status, read_status
 
 __all__ = ["Jobs", "Row", "Watcher", "watch_slurm", "watching"]
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
 POLL_SECONDS = 0.5
-ENDED = ("done", "failed", "diverged", "interrupted")
+ENDED = ("done", "interrupted", "killed", *FAILED)
 
 
 @runtime_checkable
@@ -116,7 +117,7 @@ class Watcher:
             status = read_status(self._results.cell(cell.cell_id))
             if not jobs.is_news(cell.cell_id, status):
                 status = replace(status, state="new", progress=Snapshot(), fvu=None, l0=None, dead_fraction=None)
-            word = status.progress.phase if status.state in ("running", "new") else status.state
+            word = status.progress.phase if status.state in ("running", "new") else words_for(status.state)
             if status.rollbacks and status.state == "running":
                 word += f" (went back: {status.rollbacks})"
             rows[cell.cell_id] = Row(cell, words.get(cell.cell_id) or word or "starting", status)
@@ -162,7 +163,9 @@ def ending(row: Row) -> str:
     status = row.status
     if status.state != "done":
         reason = status.error.get("message", "").partition("\n")[0]
-        return f"cell {row.cell.cell_id} {status.state} at step {status.step}" + (f": {reason}" if reason else "")
+        return f"cell {row.cell.cell_id} {words_for(status.state)} at step {status.step}" + (
+            f": {reason}" if reason else ""
+        )
     scores = [("fvu", status.fvu), ("l0", status.l0), ("dead", status.dead_fraction)]
     known = ", ".join(f"{name} {readable(value)}" for name, value in scores if value is not None)
     return f"cell {row.cell.cell_id} done: {known}"
