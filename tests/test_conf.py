@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sweep.config import Cell
+from sweep.launch.compose import cells_of
 from sweep.launch.help import help_text
 from sweep.launch.register import register
 from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
@@ -113,3 +114,18 @@ def test_help_names_every_option_with_its_value() -> None:
     assert "tiny" in text
     assert "Exit codes" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("experiment", "origin"), [("options", "base"), ("options-tuned", "tuned")])
+def test_options_experiment_is_every_combination_of_a_b_and_c(experiment: str, origin: str) -> None:
+    GlobalHydra.instance().clear()
+    _, found = cells_of([f"experiment={experiment}", "model=tiny"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        wanted = [
+            cell("model=tiny", f"capacity={a}", f"schedule={b}", f"revival={c}")
+            for a in ("base", "improved")
+            for b in (origin, "improved")
+            for c in (origin, "improved")
+        ]
+    assert {one.cell_id for one in found} == {one.cell_id for one in wanted}
+    assert len(found) == 8
