@@ -169,6 +169,72 @@ def cancel_command(results: Results) -> None:
         raise typer.Exit(folder.cancel(ResultsFolder(results)))
 
 
+cache_app = typer.Typer(help="What the cache holds, and clearing it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+
+Folder = Annotated[Path, typer.Argument(help="A results folder, whose cache/ is meant, or a cache_dir.")]
+
+
+def cache_of(folder: Path) -> CacheFolder:
+    """The cache that a folder is or has."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; name a results folder or a cache_dir")
+    return CacheFolder(folder / "cache" if (folder / "cache").is_dir() else folder)
+
+
+@cache_app.command(name="list")
+def cache_list_command(folder: Folder = Path("results")) -> None:
+    """Models, tokens and activations: what they are, their size, when they were last used, and the total.
+
+    \b
+    Examples:
+      python -m sweep cache list results
+      python -m sweep cache list /shared/cache
+    """
+    with refusals():
+        from sweep.cache import entries, is_used
+        from sweep.launch import console
+
+        console.show_entries([(each, is_used(each)) for each in entries(cache_of(folder))])
+
+
+@cache_app.command(name="clear")
+def cache_clear_command(
+    folder: Folder = Path("results"),
+    kind: Annotated[list[str] | None, typer.Option(help="models, tokens or activations; default all three.")] = None,
+    unused_days: Annotated[float, typer.Option(min=0, help="Only what was not used for so many days.")] = 0.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete from the cache; a sweep that needs it again makes it again. What a running job uses stays.
+
+    Files that this program did not make are never deleted. Jobs on other machines are seen only where the disk shares
+    locks between machines.
+
+    \b
+    Examples:
+      python -m sweep cache clear results --kind activations
+      python -m sweep cache clear results --unused_days 30 --yes
+    """
+    with refusals():
+        from sweep.cache import KINDS, clear, entries, is_used, unused_for
+        from sweep.launch import console
+
+        if unknown := set(kind or ()) - set(KINDS):
+            raise ConfigError(f"--kind {min(unknown)} is not a kind; choose one of {', '.join(KINDS)}")
+        everything = entries(cache_of(folder))
+        chosen = [each for each in everything if each.kind in (kind or KINDS) and unused_for(each, unused_days)]
+        if not chosen:
+            print("nothing to delete")
+            return
+        console.show_entries([(each, is_used(each)) for each in chosen])
+        if not yes and not sys.stdin.isatty():
+            raise ConfigError("deleting asks first, and there is no terminal; give --yes")
+        if not yes and not typer.confirm("delete these?"):
+            return
+        freed, left = clear(chosen)
+        print(f"freed {console.size(freed)}" + (f"; {len(left)} in use and left alone" if left else ""))
+
+
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """What a user or the machine can cause ends with its message on stderr and exit code 2; Ctrl-C with 130."""

@@ -116,6 +116,11 @@ class CachedBlocks:
         self._keeps = True
         self._missing: set[Read] = set()
 
+    @property
+    def folder(self) -> Path:
+        """Where they are kept."""
+        return self._files.folder
+
     def count(self, split: str) -> int:
         return self._blocks.count(split)
 

@@ -18,7 +18,8 @@ import torch
 from sweep import checkpoint
 from sweep.activations import ActivationStream
 from sweep.beside import Beside, baselines_beside, commit_baseline
-from sweep.blocks import from_model, with_cache
+from sweep.blocks import CachedBlocks, from_model, with_cache
+from sweep.cache import in_use
 from sweep.commit import Workplace, commit
 from sweep.config import Model
 from sweep.errors import Interrupted, ModelError, SweepError
@@ -32,7 +33,7 @@ from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Progress, Report
 from sweep.revisions import layers_in, weights_hash
 from sweep.state import TrainState
-from sweep.tokens import prepare_tokens
+from sweep.tokens import prepare_tokens, tokens_folder
 from sweep.train import Run, train
 
 __all__ = ["run_gang"]
@@ -69,7 +70,7 @@ def run_gang(
                 raise Interrupted
 
         try:
-            work(gang, results, workflow, tick)
+            work(gang, results, workflow, tick, stack)
         except Interrupted:  # raised between steps, so every state is whole
             gang.attempt_all(interrupt)
             raise
@@ -85,9 +86,9 @@ def interrupt(member: Member) -> None:
     member.set_status(state="interrupted")
 
 
-def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report) -> None:
+def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> None:
     """The life of a gang from prepared text to committed rows."""
-    place = prepare(gang, workflow, report)
+    place = prepare(gang, workflow, report, stack)
     gang.attempt_all(lambda member: start(member, place, workflow))
     runs = {id(member.run): member for member in gang.members}
     train(
@@ -107,12 +108,17 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report)
             commit_baseline(one, evaluations[one.row_id], results, place)
 
 
-def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
-    """Model folder, token file, blocks and stream. A member whose hooks the model lacks leaves here."""
+def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> Workplace:
+    """Model folder, token file, blocks and stream. A member whose hooks the model lacks leaves here.
+
+    Until the stack closes nobody clears from the cache what is used.
+    """
     started = time.monotonic()
     config = gang.members[0].cell.stream
     device = pick_device(workflow.device)
     cache = CacheFolder(Path(workflow.cache_dir))
+    made = cache.model(config.model.model, config.model.model_revision)
+    stack.enter_context(in_use(made, tokens_folder(config.data, config.model, cache)))
     folder = ensure_model_folder(config.model, cache, report)
     if (found := layers_in(folder)) != config.model.n_layers:
         raise ModelError(f"n_layers={config.model.n_layers}: model={config.model.model} has {found} layers")
@@ -121,6 +127,8 @@ def prepare(gang: Gang, workflow: Workflow, report: Report) -> Workplace:
     model_hash = weights_hash(folder)
     harvested = from_model(config, folder, tokens, device, report)
     blocks = with_cache(harvested, config, gang.sites, model_hash, device, cache, workflow.cache_gib)
+    if isinstance(blocks, CachedBlocks):
+        stack.enter_context(in_use(blocks.folder))
     demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
     harvested.n_expected = blocks.n_missing(demand, gang.sites)
     if harvested.n_expected:

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
     {"sweep.cached"},
+    {"sweep.cache"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {
         "sweep.activations",
@@ -79,7 +80,7 @@ TORCH_FREE = {
     or module
     in {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
-        "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.failures", "sweep.pulse",
+        "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.cache", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }

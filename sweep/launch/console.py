@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as BarDisplay
 from rich.table import Column, Table
 
+from sweep.cache import Entry
 from sweep.config import StreamConfig
 from sweep.launch.cost import Cost
 from sweep.launch.jobs import Job
@@ -36,12 +37,14 @@ __all__ = [
     "progress",
     "readable",
     "show_cost",
+    "show_entries",
     "show_failures",
     "show_jobs",
     "show_plan",
     "show_prepared",
     "show_results",
     "show_streams",
+    "size",
     "varied",
 ]
 
@@ -118,8 +121,8 @@ def show_jobs(jobs: Sequence[Job], slots: Sequence[Slot], seconds: Sequence[floa
     """How the cells are divided among processes, and about how much time and memory each takes."""
     for number, job in enumerate(jobs[:MAX_SHOWN], 1):
         name = f"job {number}: " if len(jobs) > 1 else ""
-        time = "" if seconds is None else f"about {duration(seconds[number - 1])}, "
-        out.print(f"{name}{plural(len(job.cells), 'cell')}, {time}memory about {size(job.memory_bytes)}")
+        lasts = "" if seconds is None else f"about {duration(seconds[number - 1])}, "
+        out.print(f"{name}{plural(len(job.cells), 'cell')}, {lasts}memory about {size(job.memory_bytes)}")
     if len(jobs) > MAX_SHOWN:
         out.print(f"and {plural(len(jobs) - MAX_SHOWN, 'more job')}")
     if jobs:
@@ -202,6 +205,17 @@ def show_prepared(prepared: Sequence[tuple[str, str, bool, int, Path]]) -> None:
     out.print(table)
     n_made = sum(not was_there for _, _, was_there, _, _ in prepared)
     out.print(f"{plural(n_made, 'thing')} made, {len(prepared) - n_made} there already" if n_made else "all is there")
+
+
+def show_entries(found: Sequence[tuple[Entry, bool]]) -> None:
+    """What a cache holds, whether a job uses it, and the total."""
+    table = Table("kind", "what", "size", "last used", "where", box=None, pad_edge=False)
+    for each, used in found:
+        when = "in use" if used else time.strftime("%Y-%m-%d %H:%M", time.localtime(each.last_used))
+        where = each.path.name if each.kind != "activations" else f"{each.path.parent.name}/{each.path.name}"
+        table.add_row(each.kind, each.what, size(each.n_bytes), when, where)
+    out.print(table)
+    out.print(f"{len(found)} in all, {size(sum(each.n_bytes for each, _ in found))}")
 
 
 def plural(n: int, word: str, ending: str = "s") -> str:
