@@ -170,6 +170,36 @@ def query_command(
                 show.write([f"{n_more} more of {frame.height} rows: --limit 0 shows all, --csv and --json never cut\n"])
 
 
+@app.command(name="report")
+def report_command(
+    results: Annotated[Path, typer.Argument(help="The results_dir of a sweep.")] = Path("results"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    where: Annotated[str | None, typer.Option(help="Only runs that satisfy this SQL condition.")] = None,
+    latents: Annotated[str | None, typer.Option(help="Show the latents of this cell: its id, or best.")] = None,
+    latent: Annotated[str | None, typer.Option(help="Latents to show first, by number, with commas.")] = None,
+) -> None:
+    """One HTML page that opens offline: the best cell, FVU against L0, effects, curves, latents, every run.
+
+    With --latents it begins with what excites the latents of a cell, where its sweep had n_contexts=20.
+
+    \b
+    Examples:
+      python -m analysis report results
+      python -m analysis report results --where "dict_size = 4608" --output small.html
+      python -m analysis report results --latents best --latent 5,17
+    """
+    with refusals():
+        from analysis.report.page import Request, report
+
+        numbers = latents_named(latent) if latent else []
+        if numbers and latents is None:
+            raise typer.BadParameter("--latent needs --latents: a cell, or best")
+        html, remarks = report(results, Request(where, latents, numbers))
+        remark(remarks)
+        write_whole(html.encode(), output, "--output")
+        remark([f"{output}: {len(html.encode()) / 1e6:.1f} MB, opens in any browser"])
+
+
 @app.command(name="schema")
 def schema_command(
     table: Annotated[str | None, typer.Argument(help="One table; all of them if left out.")] = None,
@@ -233,16 +263,35 @@ def write_parquet(frame: "pl.DataFrame", path: Path) -> None:
     """
     import io
 
+    content = io.BytesIO()
+    frame.write_parquet(content)
+    write_whole(content.getvalue(), path, "--parquet")
+    remark([f"{frame.height:,} rows in {path}"])
+
+
+def write_whole(content: bytes, path: Path, option: str) -> None:
+    """A file that a user named, whole or not at all.
+
+    Raises:
+        ResultsError: it cannot be written.
+    """
     from sweep.errors import ResultsError
     from sweep.paths import write_atomic
 
-    content = io.BytesIO()
-    frame.write_parquet(content)
     try:
-        write_atomic(path, content.getvalue())
+        write_atomic(path, content)
     except OSError as error:
-        raise ResultsError(f"--parquet {path} cannot be written ({error}); choose another place") from error
-    remark([f"{frame.height:,} rows in {path}"])
+        raise ResultsError(f"{option} {path} cannot be written ({error}); choose another place") from error
+
+
+def latents_named(words: str) -> list[int]:
+    """Numbers of latents, separated by commas."""
+    from sweep.errors import ConfigError
+
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--latent {words}: give whole numbers with commas, such as 5,17") from error
 
 
 def metrics_named(words: str) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["as_csv", "as_json", "as_table", "as_text", "readable", "write"]
+__all__ = ["as_csv", "as_json", "as_table", "as_text", "plain", "readable", "write"]
 
 UNLIMITED = 100_000
 """Columns of a file or a pipe: nothing is folded there."""
@@ -36,7 +36,7 @@ def as_json(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """A list of records, one per line; what JSON cannot say (NaN, infinity) is null."""
     separator = "[\n"
     for record in records:
-        yield separator + json.dumps(_plain(record), allow_nan=False, default=str)
+        yield separator + json.dumps(plain(record), allow_nan=False, default=str)
         separator = ",\n"
     yield "\n]\n" if separator == ",\n" else "[]\n"
 
@@ -45,17 +45,18 @@ def as_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[st
     """A header and one line per row, numbers in full; null is empty, a list is written as in JSON."""
     for row in itertools.chain([columns], rows):
         line = io.StringIO()
-        cells = [json.dumps(_plain(v), default=str) if isinstance(v, list | dict) else v for v in row]
+        cells = [json.dumps(plain(v), default=str) if isinstance(v, list | dict) else v for v in row]
         csv.writer(line, lineterminator="\n").writerow(cells)
         yield line.getvalue()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value with null for numbers that JSON cannot say."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def readable(value: Any) -> str:

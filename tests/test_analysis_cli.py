@@ -20,7 +20,7 @@ from analysis.query import tables_named
 from sweep.results import TABLES
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = (["rank"], ["query"], ["schema"])
+COMMANDS = (["rank"], ["effects"], ["query"], ["report"], ["schema"])
 
 
 def run(*words: object) -> Result:

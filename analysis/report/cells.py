@@ -1,0 +1,112 @@
+"""Cells as a report names, tabulates and explains them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from analysis.rank import ALWAYS, HISTORY, Group, Row, compact
+from sweep.config import SLICES, Cell
+from sweep.results import METRICS
+
+__all__ = ["Field", "configs", "field", "label", "named_by", "rounded", "table_columns", "table_row"]
+
+SHOWN = {
+    "l0": "L0",
+    "fvu": "FVU",
+    "fvu_per_dimension": "FVU per dimension",
+    "dead_fraction": "dead",
+    "absorption_score": "redundancy",
+}
+"""Metrics with a column, and its heading."""
+
+DOCS = {column.name: column.doc for column in METRICS}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a table: what is read, and what it is sorted by."""
+
+    text: str
+    value: Any
+    numeric: bool
+
+
+def named_by(group: Group) -> list[str]:
+    """Options that tell the cells of a group apart, the width and sparsity first."""
+    cells = [row for row in group.rows if row["kind"] != "baseline"]
+    always = [name for name in ALWAYS if len({row[name] for row in cells}) > 1]
+    return [*always, *(name for name in group.varying if name not in HISTORY)] or list(ALWAYS)
+
+
+def label(row: Row, names: Sequence[str]) -> str:
+    """A cell in the words of the command line; a baseline by its own name."""
+    if row["kind"] == "baseline":
+        return str(row["baseline"] or "baseline")
+    return " ".join(f"{name}={compact(row[name])}" for name in names)
+
+
+def table_columns(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Name, heading and explanation of each column that can be sorted by."""
+    options = [(name, name, "") for name in dict.fromkeys((*ALWAYS, *names))]
+    metrics = [(name, heading, DOCS[name]) for name, heading in SHOWN.items()]
+    return [("rank", "rank", "1 is best; seeds of a cell share one"), *options, ("seed", "seed", ""), *metrics]
+
+
+def table_row(row: Row, names: Sequence[str]) -> list[Field]:
+    """The fields of `table_columns` for a run."""
+    options: Mapping[str, Any] = {} if row["kind"] == "baseline" else row
+    wanted = [*dict.fromkeys((*ALWAYS, *names)), "seed"]
+    width = {"dict_size": row["dict_size"]}
+    return [
+        field("rank", row["rank"]),
+        *(field(name, {**width, **options}.get(name)) for name in wanted),
+        *(field(name, row[name]) for name in SHOWN),
+    ]
+
+
+def field(name: str, value: Any) -> Field:
+    """A value with as many digits as people compare."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return Field("-", None, True)
+    if name.startswith("dead_fraction"):
+        return Field(f"{100 * value:.1f} %", value, True)
+    if name.startswith("fvu"):
+        return Field(f"{value:.4f}", value, True)
+    if name.startswith("l0"):
+        return Field(f"{value:.1f}", value, True)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Field(compact(value), compact(value), False)
+    return Field(
+        f"{value:,}"
+        if isinstance(value, int) and value >= 10_000
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else str(value),
+        value,
+        True,
+    )
+
+
+def configs(rows: Sequence[Row]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Every option as text: those all rows share, and for each row the others. Names are `<slice>.<option>`."""
+    everything = [dict(_options(row)) for row in rows]
+    if not everything:
+        return {}, []
+    first = everything[0]
+    same = {key: value for key, value in first.items() if all(row.get(key) == value for row in everything)}
+    return same, [{key: value for key, value in row.items() if key not in same} for row in everything]
+
+
+def _options(row: Row) -> Iterator[tuple[str, str]]:
+    for name, kind in (*SLICES.items(), ("cell", Cell)):
+        for option in fields(kind):
+            if option.name in row:
+                yield f"{name}.{option.name}", "-" if row[option.name] is None else compact(row[option.name])
+
+
+def rounded(value: Any) -> Any:
+    """Five digits are more than a plot shows; what JSON cannot say is null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None

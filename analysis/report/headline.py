@@ -1,0 +1,80 @@
+"""The answer first: the best cell of a group in plain words, how sure it is, and what stands beside it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from analysis.rank import Group, Row, number
+from analysis.report.cells import field, label
+
+__all__ = ["facts", "place_of", "sentences", "title"]
+
+
+def place_of(group: Group) -> str:
+    """The model, layer and target."""
+    key = group.key
+    return f"{key['model']}, layer {key['layer']}, target {key['hook_out']}"
+
+
+def title(group: Group, names: Sequence[str]) -> str:
+    """The name of the best cell."""
+    return label(best, names) if (best := _best(group)) else "no cell to rank"
+
+
+def facts(group: Group) -> list[tuple[str, str, str]]:
+    """Value, what it is, and its interval, of the best cell."""
+    best = _best(group)
+    if best is None:
+        return []
+    wanted = {
+        "fvu": "of the variance left unexplained (FVU)",
+        "l0": "active latents per token (L0)",
+        "dead_fraction": "of the latents never fire",
+        "frac_latents_with_twin": "of the latents have a twin (decoder cosine above 0.9)",
+    }
+    found = [(_plain(name, best[name]), words, _interval(best, name)) for name, words in wanted.items()]
+    return [fact for fact in found if fact[0] != "-"]
+
+
+def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
+    """What a reader must know before using the best cell."""
+    cells = [row for row in group.rows if row["kind"] != "baseline"]
+    best = _best(group)
+    if best is None:
+        yield "No cell of this group has a number to rank by."
+        return
+    n_runs = sum(row["n_seeds"] for row in cells)
+    runs = f"{n_runs} run{'s' * (n_runs > 1)}"
+    if n_runs > len(cells):
+        runs += f" of {len(cells)} cells, each the mean over its seeds"
+    if n_runs == 1:
+        yield "The only run of this group."
+    else:
+        yield f"It has the lowest FVU of {runs}."
+    if ties := [row for row in cells if row["tie"]]:
+        shown = "; ".join(label(row, names) for row in ties[:3])
+        more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
+        yield f"The spread of the seeds does not tell it from {len(ties)} other{'s' * (len(ties) > 1)}: {shown}{more}."
+    sparser = [row for row in cells if row["pareto"] and number(row["l0"]) < number(best["l0"])]
+    if sparser:
+        parts = [f"FVU {row['fvu']:.4f} at L0 {row['l0']:.1f} ({label(row, names)})" for row in sparser[:3]]
+        yield f"More active latents explain more. The best with fewer: {'; '.join(parts)}."
+    for note in group.notes:
+        yield note[0].upper() + note[1:] + "."
+
+
+def _best(group: Group) -> Row | None:
+    return next((row for row in group.rows if row["kind"] != "baseline"), None)
+
+
+def _plain(name: str, value: Any) -> str:
+    if name in ("frac_latents_with_twin", "fvu"):
+        name = "dead_fraction"  # a share
+    return field(name, value).text
+
+
+def _interval(row: Row, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if low is None or high is None:
+        return ""
+    n = row["n_seeds"]
+    return f"95% interval {_plain(name, max(low, 0.0))} to {_plain(name, high)}, {n} seed{'s' * (n > 1)}"

@@ -1,0 +1,217 @@
+"""One group of a report, a model, layer and target: its words, its tables, and the rows of its charts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import polars as pl
+
+from analysis.effects import Effect, Effects
+from analysis.effects_table import SHOWN
+from analysis.rank import ALWAYS, Group, Row, compact, number, pareto_front
+from analysis.report import headline
+from analysis.report.cells import Field, configs, label, named_by, rounded, table_columns, table_row
+from analysis.report.charts import CELL, MEASURED, PUBLISHED
+from analysis.report.curves import thinned
+from analysis.report.histograms import cosines, densities
+from analysis.report.sweeps import Sweep
+from sweep.results import METRICS
+
+__all__ = ["MAX_DRAWN", "Place", "drawn", "make_place"]
+
+MAX_DRAWN = 60
+"""Cells of a page whose curves and histograms are drawn: the best, since more lines cannot be told apart."""
+
+NUMBERS = tuple(column.name for column in METRICS if column.better)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the template shows of a group; `data` goes to the charts as JSON."""
+
+    name: str
+    best: str
+    best_id: str | None
+    facts: list[tuple[str, str, str]]
+    sentences: list[str]
+    left_out: list[tuple[str, str]]
+    columns: list[tuple[str, str, str]]
+    rows: list[tuple[str, str, list[Field]]]
+    """Id, kind, and the fields of `columns`, of each run."""
+    options: list[str]
+    """Options a chart can be coloured or divided by."""
+    metrics: list[str]
+    curve_metrics: list[str]
+    effect_heads: list[tuple[str, str]]
+    effect_rows: list[tuple[str, int, list[tuple[str, str, bool]]]]
+    """Option and step, pairs, and for each metric the change, half its interval, and whether that leaves out zero."""
+    unmatched: list[str]
+    citations: list[str]
+    notes: dict[str, str]
+    """What each chart leaves out."""
+    data: dict[str, Any]
+
+
+def drawn(group: Group) -> list[str]:
+    """The cells that have curves and latents, best first."""
+    return [cell_id for row in group.rows if row["kind"] != "baseline" for cell_id in row["cell_ids"]]
+
+
+def make_place(
+    group: Group,
+    runs: Sequence[Row],
+    effects: Effects | None,
+    curves: pl.DataFrame,
+    latents: pl.DataFrame,
+    sweeps: Sequence[Sweep],
+    wanted: Sequence[str],
+) -> Place:
+    """Put a group together.
+
+    Args:
+        runs: the rows of the table `runs` in the group, seeds apart.
+        effects: what its options did; None where there is no cell.
+        wanted: cells whose curves and latents are drawn.
+        curves: theirs, as far as there are any.
+        latents: theirs, likewise.
+    """
+    names = named_by(group)
+    ranks = {cell_id: row["rank"] for row in group.rows for cell_id in row["cell_ids"]}
+    ordered = sorted(runs, key=lambda row: (number(ranks.get(row["cell_id"])), row["cell_id"]))
+    ranked: list[Row] = [{**row, "rank": ranks.get(row["cell_id"])} for row in ordered]
+    cells = [row for row in ranked if row["kind"] != "baseline"]
+    lines, thinning = thinned(curves)
+    options = [name for name in names if len({compact(row[name]) for row in cells}) > 1]
+    same, differing = configs(ranked)
+    seeds = len({row["seed"] for row in cells}) > 1
+    changed = effects.effects if effects else []
+    return Place(
+        name=headline.place_of(group),
+        best=headline.title(group, names),
+        best_id=next((row["cell_ids"][0] for row in group.rows if row["kind"] != "baseline"), None),
+        facts=headline.facts(group),
+        sentences=list(headline.sentences(group, names)),
+        left_out=group.left_out,
+        columns=table_columns(names),
+        rows=[(row["cell_id"], row["kind"] or CELL, table_row(row, names)) for row in ranked],
+        options=options,
+        metrics=[name for name in NUMBERS if any(math.isfinite(number(row[name])) for row in cells)],
+        curve_metrics=_curve_metrics({line["metric"] for line in lines}),
+        effect_heads=[(name, name.replace("_", " ")) for name in SHOWN],
+        effect_rows=_effect_table(changed),
+        unmatched=effects.unmatched if effects else [],
+        citations=_citations(group),
+        notes=_notes(cells, wanted, thinning, lines, latents),
+        data={
+            "names": {row["cell_id"]: _name(row, names, seeds) for row in ranked},
+            "runs": _columns(cells, dict.fromkeys((*ALWAYS, *names, *NUMBERS))),
+            "front": [*_front_rows(group, names), *_published_rows(group)],
+            "curves": lines,
+            "density": densities(latents),
+            "cosine": cosines(latents),
+            "effects": [
+                {
+                    "step": _step(e),
+                    **{k: rounded(getattr(e, k)) for k in ("metric", "change", "low", "high", "n_pairs")},
+                }
+                | {"sure": _sure(e)}
+                for e in changed
+            ],
+            "config": {"same": same, "cells": dict(zip((row["cell_id"] for row in ranked), differing, strict=True))},
+            "commands": {
+                row["cell_id"]: [i for i, sweep in enumerate(sweeps) if row["cell_id"] in set(sweep.cell_ids)]
+                for row in ranked
+            },
+        },
+    )
+
+
+def _name(row: Row, names: Sequence[str], seeds: bool) -> str:
+    return label(row, names) + (f" seed={row['seed']}" if seeds and row["kind"] != "baseline" else "")
+
+
+def _columns(rows: Sequence[Row], names: Mapping[str, None]) -> dict[str, list[Any]]:
+    """Values by column: half the size of records."""
+    plain = {"cell_id": [row["cell_id"] for row in rows]}
+    return plain | {
+        name: [compact(row[name]) if isinstance(row[name], list) else rounded(row[name]) for row in rows]
+        for name in names
+    }
+
+
+def _front_rows(group: Group, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A point for each row of the ranking; the front of cells leaves out baselines, and theirs the cells."""
+    found = []
+    for foreign in (False, True):
+        rows = [row for row in group.rows if (row["kind"] == "baseline") is foreign]
+        some = [row for row in rows if math.isfinite(number(row["fvu"])) and 0 < number(row["l0"]) < math.inf]
+        marks = pareto_front([(row["l0"], row["fvu"]) for row in some])
+        for row, mark in zip(some, marks, strict=True):
+            point = {name: rounded(row[name]) for name in ("l0", "fvu", "fvu_low", "fvu_high", "rank", "n_seeds")}
+            options = {name: compact(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+            about = {"kind": MEASURED if foreign else CELL, "name": label(row, names), "front": mark}
+            found.append({**options, **point, **about})
+    return found
+
+
+def _published_rows(group: Group) -> list[dict[str, Any]]:
+    marks = pareto_front([(line.l0, line.value) for line in group.baselines])
+    return [
+        {"l0": line.l0, "fvu": line.value, "fvu_low": None, "kind": PUBLISHED, "front": mark}
+        | {"name": f"{line.baseline} {line.path}"}
+        for line, mark in zip(group.baselines, marks, strict=True)
+    ]
+
+
+def _citations(group: Group) -> list[str]:
+    """Where the published numbers are from, each source once."""
+    return list(
+        dict.fromkeys(
+            f"{line.baseline}, measured on other text ({line.dataset}, {line.n_tokens} tokens): {line.source}"
+            for line in group.baselines
+        )
+    )
+
+
+def _curve_metrics(names: set[str]) -> list[str]:
+    """What a reader looks at first comes first."""
+    first = [name for name in ("fvu", "loss", "l0", "n_dead", "lr") if name in names]
+    return [*first, *sorted(names - set(first))]
+
+
+def _step(effect: Effect) -> str:
+    return f"{effect.option}: {effect.from_value} → {effect.to_value}"
+
+
+def _sure(effect: Effect) -> bool:
+    return effect.low is not None and effect.high is not None and (effect.low > 0 or effect.high < 0)
+
+
+def _effect_table(effects: Sequence[Effect]) -> list[tuple[str, int, list[tuple[str, str, bool]]]]:
+    rows = []
+    for step, same in groupby(effects, _step):
+        by_metric = {effect.metric: effect for effect in same}
+        fields = []
+        for name in SHOWN:
+            effect = by_metric.get(name)
+            if effect is None:
+                fields.append(("-", "", False))
+                continue
+            half = "" if effect.low is None or effect.high is None else f"± {(effect.high - effect.low) / 2:.2g}"
+            fields.append((f"{effect.change:+.3g}", half, _sure(effect)))
+        rows.append((step, max(effect.n_pairs for effect in by_metric.values()), fields))
+    return rows
+
+
+def _notes(
+    cells: Sequence[Row], wanted: Sequence[str], thinning: int, lines: Sequence[Any], latents: pl.DataFrame
+) -> dict[str, str]:
+    cut = f"The best {len(wanted)} of {len(cells)} runs are drawn. " if len(wanted) < len(cells) else ""
+    points = f"A point is the mean over {thinning} steps or fewer. " if thinning > 1 else ""
+    n_without = len(set(wanted) - {line["cell_id"] for line in lines})
+    missing = f"{n_without} runs have no readable curve. " if n_without else ""
+    n_bare = len(set(wanted) - set(latents["cell_id"].unique()))
+    bare = f"{n_bare} runs have no readable table of latents. " if n_bare else ""
+    return {"curves": cut + points + missing, "density": cut + bare}
