@@ -137,7 +137,9 @@ class Model:
     )
     model_repo: str = option("the package, or the repository on the hub; empty for tiny and directories")
     model_revision: str = option("commit, file hash or version of the weights")
-    model_dtype: Literal["float32", "bfloat16"] = option("precision the language model runs in")
+    model_dtype: Literal["float32", "bfloat16"] = option(
+        "precision the language model runs in; transcoders train in float32"
+    )
     model_path: str | None = option("a directory with config.json, safetensors and tokenizer", identity=False)
     n_layers: int = option("layers of the language model", unit="layers", identity=False)
     d_in: int = option("width of hook_in", unit="dimensions", identity=False)

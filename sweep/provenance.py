@@ -6,7 +6,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["git_state", "package_versions"]
+__all__ = ["git_state", "multiplies_bfloat16", "package_versions"]
 
 PACKAGES = ("datasets", "hydra-core", "numpy", "polars", "submitit", "torch", "transformer-lens", "transformers")
 
@@ -29,3 +29,12 @@ def git_state() -> tuple[str, bool]:
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages the numbers depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has units for bfloat16; True where it cannot be told."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

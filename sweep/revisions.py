@@ -136,6 +136,8 @@ def data_facts(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("dataset_path=null: data=file needs a file; set dataset_path=<.txt, .jsonl or .parquet>")
     if options["dataset_format"] == "docstrings":
         return {"dataset_revision": docstrings_revision()}
+    if not options["dataset"]:
+        raise ConfigError("dataset is empty: data=hub needs a name; set dataset=<owner>/<name> and dataset_revision=")
     if not is_commit(options["dataset_revision"]):
         raise ConfigError(not_pinned("dataset_revision", options["dataset_revision"], options["dataset"]))
     return {}

@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sweep.config import Cell
+from sweep.errors import ConfigError
 from sweep.launch.compose import cells_of
 from sweep.launch.help import help_text
 from sweep.launch.register import register
@@ -49,6 +50,16 @@ def test_every_preset_composes_to_a_valid_cell(preset: str) -> None:
 def test_data_file_needs_a_path(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("text")
     assert cell("data=file", f"dataset_path={tmp_path}/corpus.txt").data.dataset == "corpus.txt"
+
+
+def test_data_hub_takes_any_dataset_and_pins_it() -> None:
+    commit = "0123456789" * 4
+    data = cell("data=hub", "dataset=someone/corpus", f"dataset_revision={commit}", "dataset_subset=de").data
+    assert (data.dataset, data.dataset_revision, data.dataset_subset) == ("someone/corpus", commit, "de")
+    with pytest.raises(ConfigError, match="needs a name; set dataset="):
+        cell("data=hub", f"dataset_revision={commit}")
+    with pytest.raises(ConfigError, match="is no commit: what someone/corpus holds could change"):
+        cell("data=hub", "dataset=someone/corpus")
 
 
 def test_defaults_give_a_value_to_every_option() -> None:

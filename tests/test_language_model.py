@@ -17,6 +17,7 @@ from sweep.language_model import LanguageModel, ensure_model_folder, load_langua
 from sweep.model_files import quiet_transformers
 from sweep.paths import CacheFolder
 from sweep.progress import silent
+from sweep.provenance import multiplies_bfloat16
 
 GEMMA_3_270M = Model(
     model="gemma-3-270m",
@@ -236,9 +237,29 @@ def test_load_refuses_another_number_of_layers(tiny: Model, tiny_folder: Path) -
         load_language_model(replace(tiny, n_layers=4), tiny_folder, "cpu")
 
 
-def test_load_refuses_bfloat16_on_a_cpu(tiny: Model, tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"model_dtype=bfloat16 .* set model_dtype=float32"):
-        load_language_model(replace(tiny, model_dtype="bfloat16"), tiny_folder, "cpu")
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_without_units_for_it_is_warned_of_and_gives_nearly_the_same(
+    language_model: LanguageModel, tiny: Model, tiny_folder: Path, has_units: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sweep.language_model.multiplies_bfloat16", lambda: has_units)
+    model = load_language_model(replace(tiny, model_dtype="bfloat16"), tiny_folder, "cpu")
+    assert ("set model_dtype=float32" in caplog.text) is not has_units
+    rows, site = make_rows(2), make_site()
+    exact, rough = (each.harvest(rows, [site])[site].target for each in (language_model, model))
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_units"), [("flags : avx512f avx512_bf16", True), ("flags : avx2 avx512f", False), (None, True)]
+)
+def test_units_for_bfloat16_are_read_off_the_processors_flags(
+    flags: str | None, has_units: bool, tmp_path: Path
+) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    assert multiplies_bfloat16(tmp_path / "cpuinfo") is has_units
 
 
 def test_load_refuses_a_folder_without_safetensors(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:

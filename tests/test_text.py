@@ -237,6 +237,19 @@ def test_hub_is_asked_for_the_pinned_revision_and_streamed(hub_data: Data, monke
     ]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_dataset_is_streamed_by_the_real_library(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is a dataset to `datasets`: all but the question to the hub is real."""
+    rows = pl.DataFrame({"body": [f"document {i}" for i in range(50)]})
+    (tmp_path / "corpus").mkdir()
+    (rows.write_ndjson if kind == "jsonl" else rows.write_parquet)(tmp_path / "corpus" / f"train.{kind}")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    data = make_cell(
+        dataset=str(tmp_path / "corpus"), dataset_format="hub", dataset_revision="0" * 40, text_column="body"
+    ).data
+    assert list(documents(data)) == rows["body"].to_list()
+
+
 def test_hub_rows_without_the_column_say_which_they_have(hub_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_hub(monkeypatch, iter([{"body": "one"}]))
     with pytest.raises(DataError, match=r"row 1: text_column=text .*body"):
