@@ -1,0 +1,141 @@
+"""What sharing saves: `python -m benchmarks.sweep --json sweep.json` (`--model tiny` for a try in a minute).
+
+grid    a gang of cells that differ in their seed, as one command, against as many separate commands; no activation
+        cache, model and tokens ready. And against its parts: one language-model pass plus the cells' own steps.
+layers  tokens that go through the language model for one layer and for three.
+cache   tokens a second that the activation cache reads, each block once.
+pairs   the exact comparison of all decoder rows against a blocked product of all rows with all rows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # python benchmarks/sweep.py is the same as python -m benchmarks.sweep
+
+import torch
+
+from benchmarks.contest import ROOT
+from benchmarks.embedded import cell_of, prepare
+from sweep.initialise import initial_state
+from sweep.metrics import decoder_similarity
+from sweep.step.step import train_step_
+
+Row = dict[str, Any]
+
+BUDGET = ("n_tokens=16256", "epochs=1", "n_calibration_tokens=2032", "n_heldout_tokens=2032", "batch_size=512")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--model", default="gemma-3-270m", help="a preset of conf/model, default: %(default)s")
+    parser.add_argument("--cells", type=int, default=8, help="of the gang")
+    parser.add_argument("--cache", type=Path, default=Path("results/cache"), help="models and tokens")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("options", nargs="*", help="options for all, as for sweep_runner.py: dict_size=9216")
+    asked = parser.parse_args()
+    options = [f"model={asked.model}", *BUDGET, *asked.options]
+    rows = []
+    for part in asked.parts:
+        row = {"part": part, **PARTS[part](options, asked.cache.absolute(), asked.cells)}
+        rows.append(row)
+        print(" ".join(f"{name} {value:.4g}" if name != "part" else value for name, value in row.items()), flush=True)
+        if asked.json:
+            asked.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def grid(options: Sequence[str], cache: Path, n_cells: int) -> Row:
+    pass_s, step_s = parts_of_a_run(options, cache)
+    seeds = [str(seed) for seed in range(n_cells)]
+    gang_s = command([*options, f"seed={','.join(seeds)}"], cache)
+    separate_s = sum(command([*options, f"seed={seed}"], cache) for seed in seeds)
+    ideal_s = pass_s + n_cells * step_s
+    return {
+        "cells": n_cells,
+        "gang_s": gang_s,
+        "separate_s": separate_s,
+        "separate_over_gang": separate_s / gang_s,
+        "pass_s": pass_s,
+        "steps_of_a_cell_s": step_s,
+        "gang_over_pass_and_steps": gang_s / ideal_s,
+    }
+
+
+def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[float, float]:
+    """Seconds of the language model over everything a cell reads, and of all its training steps."""
+    cell = cell_of(options)
+    harvested = prepare([cell], cache, cached=False)
+    harvested.harvested.language_model()
+    stream = harvested.stream
+    blocks = sorted(stream.demand(cell.schedule.steps).blocks)
+    pass_s = seconds(lambda: [harvested.harvested.harvest(read, stream.sites) for read in blocks])
+    window = stream.first_window()[cell.site]
+    state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
+    step_s, slices = 0.0, (cell.capacity, cell.schedule, cell.revival)
+    for _, batch in stream.batches(0, cell.schedule.steps):
+        step_s += seconds(lambda batch=batch: train_step_(state, *batch[cell.site], *slices))
+    return pass_s, step_s
+
+
+def command(overrides: Sequence[str], cache: Path) -> float:
+    """Seconds of a sweep in a results folder of its own, from the start of the process to its end."""
+    with tempfile.TemporaryDirectory() as results:
+        words = [*overrides, "cache_gib=0", f"cache_dir={cache}", f"results_dir={results}"]
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "sweep_runner.py", "-m", *words], cwd=ROOT, check=True, capture_output=True)
+        return time.perf_counter() - started
+
+
+def layers(options: Sequence[str], cache: Path, n_cells: int) -> Row:
+    last = cell_of(options).model.n_layers - 1
+    three = [cell_of([*options, f"layer={layer}"]) for layer in (0, last // 2, last)]
+    tokens = []
+    for cells in (three[-1:], three):
+        prepared = prepare(cells, cache, cached=False)
+        for _ in prepared.stream.batches(0, three[0].schedule.steps):
+            pass
+        tokens.append(prepared.harvested.n_tokens_seen)
+    return {"tokens_of_one_layer": tokens[0], "tokens_of_three_layers": tokens[1]}
+
+
+def cache_speed(options: Sequence[str], cache: Path, n_cells: int) -> Row:
+    cell = cell_of(options)
+    stream = prepare([cell], cache).stream
+    blocks = list(range(stream.n_blocks))
+    stream.blocks.read("train", blocks, stream.sites)  # harvested where they are not there yet
+    again = prepare([cell], cache).stream
+    taken = seconds(lambda: [again.blocks.read("train", [block], again.sites) for block in blocks])
+    return {"d": cell.model.d_in, "tokens_per_second": stream.epoch_tokens / taken}
+
+
+def pairs(options: Sequence[str], cache: Path, n_cells: int) -> Row:
+    rows = torch.randn(18432, 640, generator=torch.Generator().manual_seed(0))
+    rows /= rows.norm(dim=1, keepdim=True)
+    exact_s = min(seconds(lambda: decoder_similarity(rows)) for _ in range(3))
+    product_s = min(seconds(lambda: [piece @ rows.T for piece in rows.split(256)]) for _ in range(3))
+    return {"exact_s": exact_s, "product_s": product_s, "exact_over_product": exact_s / product_s}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+PARTS: dict[str, Callable[[Sequence[str], Path, int], Row]] = {
+    "grid": grid,
+    "layers": layers,
+    "cache": cache_speed,
+    "pairs": pairs,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The benchmark of sharing: its parts say what they should on the tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sweep
+
+TINY = ["experiment=smoke", "epochs=1", "steps=4"]
+
+
+def test_three_layers_cost_one_pass(tmp_path: Path) -> None:
+    row = sweep.layers(TINY, tmp_path, 1)
+    assert row["tokens_of_three_layers"] == row["tokens_of_one_layer"] > 0
+
+
+def test_the_cache_is_read_and_parts_of_a_run_are_timed(tmp_path: Path) -> None:
+    assert sweep.cache_speed(TINY, tmp_path, 1)["tokens_per_second"] > 0
+    assert min(sweep.parts_of_a_run(TINY, tmp_path)) > 0
+
+
+@pytest.mark.slow
+def test_a_gang_is_held_against_separate_runs(tmp_path: Path) -> None:
+    row = sweep.grid(TINY, tmp_path, 2)
+    assert row["separate_over_gang"] == row["separate_s"] / row["gang_s"]
