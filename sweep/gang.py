@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ __all__ = ["Gang", "Member", "join"]
 
 HEARTBEAT_SECONDS = 2.0
 LOCK_TRIES = 5
+MAX_NOTES, MAX_NOTE_CHARACTERS = 8, 500
 GHOST_SECONDS = 60.0
 """How long a job waits for its own ghost on a lost node to leave. It may hang there for ever; it cannot write."""
 
@@ -174,11 +175,13 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             steps=member.cell.schedule.steps,
             attempts=status.attempts + 1,
             error={},
+            notes=(),
             progress=Snapshot(),
             host=whereabouts(os.environ),
             pid=os.getpid(),
             job=job,
         )
+        stack.enter_context(noting(member))
         yield member
 
 
@@ -195,6 +198,31 @@ def wait_for_ghost(path: Path, stack: contextlib.ExitStack) -> None:
     """Take the lock once an earlier start of this very job has seen that it is superseded, or go on without."""
     if lock := lock_patiently(path, round(GHOST_SECONDS / 0.1)):
         stack.enter_context(lock)
+
+
+class Notes(logging.Handler):
+    """Puts warnings into the status of a cell, to be written with its next heartbeat."""
+
+    def __init__(self, member: Member) -> None:
+        super().__init__(logging.WARNING)
+        self.member = member
+
+    def emit(self, record: logging.LogRecord) -> None:
+        status, note = self.member.status, record.getMessage()[:MAX_NOTE_CHARACTERS]
+        if note not in status.notes and len(status.notes) < MAX_NOTES:
+            self.member.status = replace(status, notes=(*status.notes, note))
+
+
+@contextlib.contextmanager
+def noting(member: Member) -> Iterator[None]:
+    """Tell whoever watches the cell what the package warns of, but for what speaks of another cell."""
+    handler, logger = Notes(member), logging.getLogger("sweep")
+    handler.addFilter(lambda record: getattr(record, "cell_id", member.cell.cell_id) == member.cell.cell_id)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

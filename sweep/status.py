@@ -29,7 +29,7 @@ class Status:
 
     `job` is the id of its Slurm job, where it runs in one. `progress` is what its gang is at. The scores are those of
     the last point on the training curve, on a training batch by the training rule, until the cell is done; then they
-    are the held-out ones.
+    are the held-out ones. `notes` are the warnings of this start, for whoever watches.
     """
 
     state: State = "new"
@@ -47,6 +47,7 @@ class Status:
     fvu: float | None = None
     l0: float | None = None
     dead_fraction: float | None = None
+    notes: tuple[str, ...] | list[str] = ()
 
     def changed(self, **values: Any) -> "Status":
         return replace(self, **values, updated_at=time.time())
@@ -55,7 +56,7 @@ class Status:
         """Whether every field has the type it should: the file may have been damaged or written by a stranger."""
         counts = (self.step, self.steps, self.rollbacks, self.attempts, self.failures, self.pid, self.progress.done)
         numbers = (self.updated_at, self.progress.per_second, self.progress.seconds_left)
-        texts = (*self.error.values(), self.host, self.job, self.progress.phase, self.progress.unit)
+        texts = (*self.error.values(), *self.notes, self.host, self.job, self.progress.phase, self.progress.unit)
         scores = (self.fvu, self.l0, self.dead_fraction)
         return (
             self.state in STATES

@@ -256,3 +256,11 @@ def test_wrong_facts_about_the_model_are_refused_with_a_warm_cache(
     (status,) = [read_status(results.cell(path.name)) for path in (results.root / "cells").iterdir()]
     assert status.state == "failed"
     assert message in status.error["message"]
+
+
+def test_a_warning_stands_in_the_status_of_every_cell(cache: CacheFolder, tmp_path: Path) -> None:
+    cells = [make_cell(steps=1, seed=seed) for seed in (1, 2)]
+    results = run_cells(cells, make_workflow(tmp_path, cache, cache_gib=0.0))
+    for cell in cells:
+        (note,) = read_status(results.cell(cell.cell_id)).notes
+        assert "are not cached: more than cache_gib=0" in note

@@ -122,3 +122,15 @@ def test_the_table_fits_the_terminal_and_counts_the_rest(
     assert len(lines) == (24 if height == 40 else 10)
     assert CELLS[0].cell_id in lines[1]  # those at work come first
     assert ("and 15 more:" in lines[-1]) == (height == 12)
+
+
+def test_warnings_of_jobs_are_told_once(
+    results: ResultsFolder, queue: Queue, capsys: pytest.CaptureFixture[str], clock: Any
+) -> None:
+    watcher = Watcher(PLANNED, results)
+    for _ in range(2):
+        for index in (0, 1):
+            say(results, index, state="running", step=10, progress=TRAINING, notes=("no room for the cache",))
+        clock.now += 2
+        watcher(queue)
+    assert capsys.readouterr().out.splitlines().count("warning: no room for the cache") == 1

@@ -96,6 +96,7 @@ class Watcher:
         self._looked = self._spoke = 0.0
         self._told: set[tuple[str, int]] = set()
         self._phases: dict[str, str] = {}
+        self._noted: set[str] = set()
 
     def __call__(self, jobs: Jobs) -> None:
         now = time.monotonic()
@@ -103,6 +104,7 @@ class Watcher:
             return
         self._looked = now
         rows = self.rows(jobs)
+        self._note(rows)
         if self._live is not None:
             self._live.update(self.table(rows))
         else:
@@ -116,7 +118,9 @@ class Watcher:
             cell = planned.cell
             status = read_status(self._results.cell(cell.cell_id))
             if not jobs.is_news(cell.cell_id, status):
-                status = replace(status, state="new", progress=Snapshot(), fvu=None, l0=None, dead_fraction=None)
+                status = replace(
+                    status, state="new", progress=Snapshot(), notes=(), fvu=None, l0=None, dead_fraction=None
+                )
             word = status.progress.phase if status.state in ("running", "new") else words_for(status.state)
             if status.rollbacks and status.state == "running":
                 word += f" (went back: {status.rollbacks})"
@@ -136,6 +140,13 @@ class Watcher:
             words = {word: sum(row.word == word for row in hidden) for word in dict.fromkeys(r.word for r in hidden)}
             table.add_row(f"and {len(hidden)} more:", ", ".join(f"{n} {word}" for word, n in words.items()))
         return table
+
+    def _note(self, rows: dict[str, Row]) -> None:
+        """Each warning of a job once; on a terminal it stays above the table."""
+        for note in dict.fromkeys(note for row in rows.values() for note in row.status.notes):
+            if note not in self._noted:
+                self._noted.add(note)
+                out.print(f"warning: {note}")
 
     def _speak(self, jobs: Jobs, rows: dict[str, Row], now: float) -> None:
         """Cells that ended, each job's new phase, and every LINE_SECONDS how far each job is."""
