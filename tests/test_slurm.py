@@ -334,7 +334,7 @@ def test_a_launcher_that_dies_is_not_missed(
     output = sweep.finish()
     assert "3 cells: 3 running; nothing to run" in output
     assert "submitted" not in output
-    assert set(cluster.states()) == jobs
+    assert set(cluster.states()) <= jobs  # Slurm forgets old ones
     sweep.same_as(unbroken)
     assert sweep.ask("watch").returncode == 0
     assert {status.attempts for status in sweep.statuses} == {1}
