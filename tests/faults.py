@@ -1,12 +1,14 @@
 """Break sweeps on purpose and hold what is left against sweeps that were left alone.
 
     python -m tests.faults kill --n 200
+    python -m tests.faults preempt --cells 8 --times 8
 
 Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
 """
 
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -155,6 +157,57 @@ def kill_at_random(each: Bench, n: int, seed: int, *, command: bool = True) -> "
         assert n_done == len(each.cells)
         shutil.rmtree(folder)
     return places
+
+
+@app.command()
+def preempt(cells: int = 8, times: int = 8, steps: int = 1500, seed: int = 0) -> None:
+    """SIGTERM at random moments of a sweep, and the same command again each time, as a scheduler would."""
+    root = Path(tempfile.mkdtemp(prefix="faults."))
+    took = preempt_at_random(root, Sweeper(), cells, times, steps, seed)
+    ratio = (took.preempted - took.start_ups) / took.alone
+    typer.echo(f"{cells} cells preempted {times} times, all byte-identical: {took.preempted:.1f} s")
+    typer.echo(f"left alone {took.alone:.1f} s, {times} start-ups {took.start_ups:.1f} s: {ratio:.2f}x without them")
+    shutil.rmtree(root)
+
+
+@dataclass
+class Took:
+    """Seconds of a sweep left alone, of the same one with its preemptions, and of those from each new start to its
+    first step."""
+
+    alone: float
+    preempted: float
+    start_ups: float
+
+
+def preempt_at_random(root: Path, sweeper: Sweeper, n_cells: int, times: int, steps: int, seed: int) -> Took:
+    """Each start is preempted some time into its share of the work; the last one is left alone."""
+    draw = random.Random(seed)
+    write_text(root / "text.txt")
+    seeds = ",".join(map(str, range(n_cells)))
+
+    def run(name: str, **how: Any) -> Ended:
+        where = (f"dataset_path={root / 'text.txt'}", f"results_dir={root / name}", f"cache_dir={root / 'cache'}")
+        training = [option for option in TRAINING if not option.startswith(("steps=", "checkpoint_steps="))]
+        length = (f"steps={steps}", "checkpoint_steps=100", "keep_checkpoints=true", f"seed={seeds}")
+        arguments = ["-m", "hydra/launcher=inline", *STREAM, *training, *length, *where]
+        return sweeper(partial(sweep_command, arguments), root / f"{name}.printed", **how)
+
+    run("first")  # fills the cache, so that both of the following find it
+    alone = run("alone")
+    assert alone.code == 0, alone.printed
+    share = (alone.seconds - alone.start_up) / (times + 1)
+    starts: list[Ended] = []
+    for _ in range(times):
+        ended = run("preempted", kill_after=alone.start_up + draw.uniform(0.1, 1) * share, by=signal.SIGTERM)
+        assert ended.code in (130, -signal.SIGTERM), ended.printed  # the latter before anything was begun
+        starts.append(ended)
+    starts.append(run("preempted"))
+    assert starts[-1].code == 0, starts[-1].printed
+    reference, results = ResultsFolder(root / "alone"), ResultsFolder(root / "preempted")
+    for cell in cells_of(reference):
+        same_bytes(reference, results, cell)
+    return Took(alone.seconds, sum(each.seconds for each in starts), sum(each.start_up for each in starts[1:]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,12 +40,14 @@ PLACES: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Ended:
-    """How a run ended: its exit code, negative for a signal, where it was, and what it printed."""
+    """How a run ended: its exit code, negative for a signal, where it was, what it printed, and after how many of its
+    seconds it took a step."""
 
     code: int
     place: str
     seconds: float
     printed: str = field(repr=False)
+    start_up: float
 
 
 class Sweeper:
@@ -65,22 +68,29 @@ class Sweeper:
         kill_after: float | None = None,
         before: Callable[[], None] | None = None,
         timeout: float = 300,
+        by: int = signal.SIGKILL,
     ) -> Ended:
-        """Do the work; kill it after so many seconds; `before` is called first, in its process."""
+        """Do the work; kill it after so many seconds, or send it another signal and wait for its end; `before` is
+        called first, in its process."""
         place: Synchronized[int] = self._context.Value("b", -1)
         ready = self._context.Event()
         process = self._context.Process(target=child, args=(work, printed, before, place, ready))
         process.start()
         ready.wait(timeout)
         start = time.monotonic()
-        process.join(timeout if kill_after is None else kill_after)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        first_step = 0.0
+        while process.is_alive() and time.monotonic() - start < (timeout if kill_after is None else kill_after):
+            process.join(0.01)
+            if not first_step and place.value == 0:
+                first_step = time.monotonic() - start
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, by)
+            process.join(timeout)
         seconds = time.monotonic() - start
         assert process.exitcode is not None
         names = [*PLACES, "between"]
-        return Ended(process.exitcode, names[place.value], seconds, printed.read_text() if printed.exists() else "")
+        text = printed.read_text() if printed.exists() else ""
+        return Ended(process.exitcode, names[place.value], seconds, text, first_step or seconds)
 
 
 def child(work: Callable[[], None], printed: Path, before: Callable[[], None] | None, place: Any, ready: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import Bench, bench, check_visible, kill_at_random
+from faults import Bench, bench, check_visible, kill_at_random, preempt_at_random
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,11 @@ def test_sweeps_killed_at_random_moments_end_in_the_same_bytes(each: Bench) -> N
     places = kill_at_random(each, n=20, seed=1, command=False)
     assert places.total() == 20
     assert len(places) > 1
+
+
+def test_a_sweep_preempted_at_random_moments_ends_in_the_same_bytes(each: Bench, tmp_path: Path) -> None:
+    """The comparison is in the function: it stops at the first byte that differs."""
+    preempt_at_random(tmp_path, each.sweeper, n_cells=2, times=2, steps=300, seed=3)
 
 
 def test_the_check_sees_a_torn_file(each: Bench, tmp_path: Path) -> None:
