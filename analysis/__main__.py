@@ -31,27 +31,33 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="CSV on stdout, full precisio
 @app.command(name="rank")
 def rank_command(
     results: Annotated[Path, typer.Argument(help="The results_dir of a sweep.")] = Path("results"),
-    where: Annotated[str | None, typer.Option(help="Only runs that satisfy this SQL condition.")] = None,
+    where: Annotated[str | None, typer.Option(help="Only cells that satisfy this SQL condition.")] = None,
     by: Annotated[str, typer.Option(help="The metric that orders the rows.")] = "fvu",
+    frontier: Annotated[str | None, typer.Option(help="Only baselines that satisfy this SQL condition.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Show the best N rows of each group.")] = None,
     json: AsJson = False,
     csv: AsCsv = False,
 ) -> None:
-    """Cells of the same model, layer, target and held-out rows, best FVU first.
+    """Cells of the same model, layer, target and held-out rows, best first, each against the baselines at its own L0.
 
-    Seeds of a cell are one row: the mean, and its 95% interval. A * marks the Pareto front of L0 and FVU among
-    the runs chosen, a = what the seeds do not tell from the first. Published baselines of the same model, layer
-    and target stand in the same table. What was left out is named.
+    Where the group has baselines (baselines=gemma_scope), rows are ordered by the ratio of their FVU to that of the
+    baselines' frontier at the same L0, with its 95% interval over held-out sequences; ties are called ties. Without
+    baselines, and by other metrics, by the metric itself. Seeds of a cell are one row: the mean, and its 95% interval.
+    A * marks the Pareto front of L0 and FVU among the runs chosen, a = what is not told from the first. What was left
+    out is named.
 
     \b
     Examples:
       python -m analysis rank results
       python -m analysis rank results --where "dict_size = 4608 and lr < 0.01" --top 5
+      python -m analysis rank results --frontier "dict_size = 16384"
       python -m analysis rank results --by fvu_per_dimension --where "dead_fraction < 0.1"
-      python -m analysis rank results --json | jq '.[] | select(.pareto) | .cell_id'
+      python -m analysis rank results --json | jq '.[] | select(.fvu_verdict == "better") | .cell_id'
     """
     with refusals():
         one_format(json, csv)
+        import polars as pl
+
         from analysis import query, show
         from analysis.rank import FIELDS, rank, records
         from analysis.rank_table import rank_text
@@ -60,12 +66,18 @@ def rank_command(
         loaded = load_table(results, "runs")
         remark(loaded.warnings)
         everything = loaded.frame.collect()
-        runs = everything if where is None else query.where(everything.lazy(), where).collect()
-        groups = rank(runs, by)
+        is_baseline = pl.col("kind") == "baseline"
+        cells, baselines = everything.filter(~is_baseline), everything.filter(is_baseline)
+        chosen = cells if where is None else query.where(cells.lazy(), where).collect()
+        edge = baselines if frontier is None else query.where(baselines.lazy(), frontier).collect()
+        sequences = load_table(results, "sequences").frame.collect() if chosen.height and edge.height else None
+        groups = [group for group in rank(pl.concat([chosen, edge]), by, sequences) if group.rows or group.left_out]
         if not groups:
-            remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
-        elif n_dropped := everything.height - runs.height:
-            remark([f"left out {n_dropped} of {everything.height} runs: they do not satisfy {where}"])
+            remark(nothing_yet(results, loaded) or [f"no run satisfies {where}" if cells.height else "no cell yet"])
+        elif n_dropped := cells.height - chosen.height:
+            remark([f"left out {n_dropped} of {cells.height} runs: they do not satisfy {where}"])
+        if n_dropped := baselines.height - edge.height:
+            remark([f"left out {n_dropped} of {baselines.height} baselines: they do not satisfy {frontier}"])
         if json or csv:
             remark(f"left out {cell_id}: {reason}" for group in groups for cell_id, reason in group.left_out)
         found = records(groups, top)

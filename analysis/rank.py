@@ -1,11 +1,13 @@
-"""Which cells are best: grouped by what makes their numbers comparable, best held-out FVU first.
+"""Which cells are best: grouped by what makes their numbers comparable, and compared at equal L0.
 
 1. Runs are grouped by language model, layer, target and held-out rows; across groups nothing compares.
 2. Runs that differ only in their seed become one row: the mean of each metric, and the 95% interval of that mean.
-3. Rows are ordered by one metric. Those that the spread of the seeds does not tell from the first are ties.
-4. The Pareto front of L0 and FVU is marked.
-5. Options that are the same for the whole group are told apart from those that vary.
-6. Published baselines of the same model, layer and target stand beside them.
+3. Where the group has baselines, each row is placed against their frontier at its own L0, and rows are ordered by the
+   ratio of their FVU to it. Without them, and for other metrics, by the metric itself.
+4. Rows that neither the held-out sequences nor the spread of the seeds tell from the first are ties.
+5. The Pareto front of L0 and FVU is marked.
+6. Options that are the same for the whole group are told apart from those that vary.
+7. Published baselines of the same model, layer and target stand beside them.
 
 A run without a number to rank by is left out, and said to be.
 """
@@ -13,11 +15,12 @@ A run without a number to rank by is left out, and said to be.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
+from analysis.place import PLACE_COLUMNS, Standing, standings
 from analysis.spread import Spread, pooled
 from sweep.baselines.published import Published, published_for
 from sweep.config import SLICES, Cell, frozen
@@ -63,7 +66,7 @@ RANKABLE = {column.name: column.better for column in METRICS if column.better}
 HEAD = (*KEY, "kind", "rank", "tie", "pareto", "cell_id", "n_seeds", "seeds", "cell_ids", "hook_in")
 INTERVALS = tuple(f"{name}_{end}" for name in METRIC_NAMES for end in ("low", "high"))
 TAIL = (*HISTORY, "fvu_comparable_at", "same_heldout_rows", "baseline", "citation")
-FIELDS = tuple(dict.fromkeys((*HEAD, *METRIC_NAMES, *OPTIONS, *INTERVALS, *TAIL)))
+FIELDS = tuple(dict.fromkeys((*HEAD, *PLACE_COLUMNS, *METRIC_NAMES, *OPTIONS, *INTERVALS, *TAIL)))
 """Keys of a record, the same for every row and published baseline."""
 
 RELATIVE_TO = {"groups": "dict_size", "warmup_steps": "steps", "min_lr": "lr"}
@@ -74,13 +77,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """Rows whose FVUs compare, best first, and the published baselines of their model, layer and target."""
+    """Rows whose FVUs compare, best first, and the baselines of their model, layer and target."""
 
     key: Row
     by: str
     rows: list[Row]
     """Options, means of the metrics with `<metric>_low` and `<metric>_high`, `seeds` and `cell_ids` in the order of
-    the seeds, `rank` from 1, `pareto`, and `tie`: not told from the first (null where no cell has two seeds)."""
+    the seeds, `rank` from 1, `pareto`, PLACE_COLUMNS (null without baselines), and `tie`: not told from the first (null
+    where nothing says)."""
+    measured: list[Row]
+    """Baselines measured on the same rows, sparsest first; `pareto` as among themselves."""
+    standings: list[Standing]
+    """How the rows stand against them, by each measure that can be compared."""
     baselines: list[Published]
     same: dict[str, str]
     """Options all rows share, as text."""
@@ -90,9 +98,20 @@ class Group:
     notes: list[str]
     """What a reader must know about how this group was put together."""
 
+    @property
+    def ordered_by(self) -> Standing | None:
+        """The standing whose ratio orders the rows; None where they are ordered by the metric itself.
 
-def rank(runs: pl.DataFrame, by: str = "fvu") -> list[Group]:
+        One baseline has no slope, and so no FVU at another L0.
+        """
+        return next((s for s in self.standings if s.measure.metric == self.by and len(s.on_frontier) > 1), None)
+
+
+def rank(runs: pl.DataFrame, by: str = "fvu", sequences: pl.DataFrame | None = None) -> list[Group]:
     """Group and order the rows of the table `runs`.
+
+    Args:
+        sequences: the table of that name; without it ratios have no intervals.
 
     Raises:
         ConfigError: `by` is not a metric that says which way is better.
@@ -100,7 +119,7 @@ def rank(runs: pl.DataFrame, by: str = "fvu") -> list[Group]:
     if by not in RANKABLE:
         raise ConfigError(f"--by {by}: no such metric; choose one of {', '.join(RANKABLE)}")
     found = comparable(runs)
-    return [_group(dict(zip(KEY, key, strict=True)), rows, list(found), by) for key, rows in found.items()]
+    return [_group(dict(zip(KEY, key, strict=True)), rows, list(found), by, sequences) for key, rows in found.items()]
 
 
 def comparable(runs: pl.DataFrame) -> dict[tuple[Any, ...], list[Row]]:
@@ -111,28 +130,58 @@ def comparable(runs: pl.DataFrame) -> dict[tuple[Any, ...], list[Row]]:
     return dict(sorted(found.items(), key=lambda item: (str(item[0][0]), number(item[0][1]), *map(str, item[0][2:]))))
 
 
-def _group(key: Row, runs: list[Row], keys: Sequence[tuple[Any, ...]], by: str) -> Group:
-    left_out = [(row["cell_id"], reason) for row in runs if (reason := _not_ranked(row, by))]
-    ranked = [row for row in runs if not _not_ranked(row, by)]
-    cells = list(_by_cell(ranked).values())
+def _group(
+    key: Row, runs: list[Row], keys: Sequence[tuple[Any, ...]], by: str, sequences: pl.DataFrame | None
+) -> Group:
+    reasons = [_not_ranked(row, "fvu" if row["kind"] == "baseline" else by) for row in runs]
+    left_out = [(row["cell_id"], reason) for row, reason in zip(runs, reasons, strict=True) if reason]
+    ranked = [row for row, reason in zip(runs, reasons, strict=True) if not reason]
+    cells = list(_by_cell([row for row in ranked if row["kind"] != "baseline"]).values())
     spreads = {name: pooled([_numbers(cell, name) for cell in cells]) for name in METRIC_NAMES}
     rows = [_mean_row(cell, spreads) for cell in cells]
-    sign = -1 if RANKABLE[by] == "higher" else 1
-    rows.sort(key=lambda row: (sign * row[by], number(row["fvu"]), number(row["l0"]), row["cell_id"]))
-    front = pareto_front([(number(row["l0"]), number(row["fvu"])) for row in rows])
-    for i, (row, mark) in enumerate(zip(rows, front, strict=True), 1):
-        row |= {"rank": i, "pareto": mark, "tie": _ties(rows[0], row, by, spreads[by])}
-    same, varying = _same_and_varying([row for row in rows if row["kind"] != "baseline"] or rows)
-    return Group(
+    measured = [_mean_row([row], {}) for row in ranked if row["kind"] == "baseline"]
+    measured.sort(key=lambda row: (number(row["l0"]), number(row["fvu"]), row["cell_id"]))
+    found = list(standings(rows, measured, sequences))
+    for row in rows:
+        row.update(dict.fromkeys(PLACE_COLUMNS))
+        for standing in found:
+            row.update(standing.columns.get(row["cell_id"], {}))
+    group = Group(
         key=key,
         by=by,
         rows=rows,
+        measured=measured,
+        standings=found,
         baselines=published_for(key["model"], key["layer"], key["hook_out"]),
-        same=same,
-        varying=varying,
+        same={},
+        varying=[],
         left_out=left_out,
-        notes=list(_notes(key, varying, keys, spreads[by], rows)),
+        notes=[],
     )
+    _order(group, spreads[by])
+    same, varying = _same_and_varying(rows)
+    return replace(group, same=same, varying=varying, notes=list(_notes(group, varying, keys, spreads[by])))
+
+
+def _order(group: Group, spread: Spread | None) -> None:
+    """Sort the rows, and mark ranks, ties and Pareto fronts."""
+    standing, rows = group.ordered_by, group.rows
+    sign = -1 if RANKABLE[group.by] == "higher" else 1
+    ratio = f"{standing.measure.name}_ratio" if standing else ""
+
+    def place(row: Row) -> tuple[float, ...]:
+        raw = (sign * row[group.by], number(row["fvu"]), number(row["l0"]))
+        return (number(row[ratio]), *raw) if standing else raw
+
+    rows.sort(key=lambda row: (*place(row), row["cell_id"]))
+    for part in (rows, group.measured):
+        front = pareto_front([(number(row["l0"]), number(row["fvu"])) for row in part])
+        for row, mark in zip(part, front, strict=True):
+            row["pareto"] = mark
+    for row in group.measured:
+        row.update(rank=None, tie=None)
+    for i, row in enumerate(rows, 1):
+        row |= {"rank": i, "tie": _ties(rows[0], row, ratio or group.by, spread, standing)}
 
 
 def _not_ranked(row: Row, by: str) -> str | None:
@@ -149,8 +198,7 @@ def _by_cell(runs: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
     cells: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in sorted(runs, key=lambda row: (number(row["seed"]), row["cell_id"])):
         same = tuple(frozen(row[name]) for name in (*OPTIONS, *HISTORY))
-        alone = None if row["kind"] == "cell" else row["cell_id"]  # other transcoders share the options of none
-        cells[(*same, alone)].append(row)
+        cells[same].append(row)
     return cells
 
 
@@ -169,7 +217,7 @@ def _mean_row(cell: list[Row], spreads: dict[str, Spread | None]) -> Row:
     for name in METRIC_NAMES:
         values = _numbers(cell, name)
         mean = math.fsum(values) / len(values) if values else None
-        spread = spreads[name]
+        spread = spreads.get(name)
         row[name] = values[0] if len(values) == 1 else mean  # a single value as it is, whole numbers whole
         row[f"{name}_low"] = row[f"{name}_high"] = None
         if spread and mean is not None:
@@ -178,12 +226,19 @@ def _mean_row(cell: list[Row], spreads: dict[str, Spread | None]) -> Row:
     return row
 
 
-def _ties(first: Row, row: Row, by: str, spread: Spread | None) -> bool | None:
+def _ties(first: Row, row: Row, by: str, spread: Spread | None, standing: Standing | None) -> bool | None:
+    """Whether the sequences or the seeds leave open which of two rows is better; None where neither says anything.
+
+    The spread of a metric that is positive everywhere is relative, so it is also that of a ratio.
+    """
     if row is first:
         return False
-    if spread is None:
-        return None
-    return not spread.resolves((first[by], first["n_seeds"]), (row[by], row["n_seeds"]))
+    said: list[bool] = []
+    if standing and (tie := standing.tied(first["cell_id"], row["cell_id"])) is not None:
+        said.append(tie)
+    if spread and first[by] is not None and row[by] is not None and (spread.relative or not standing):
+        said.append(not spread.resolves((first[by], first["n_seeds"]), (row[by], row["n_seeds"])))
+    return any(said) if said else None
 
 
 def number(value: float | None) -> float:
@@ -252,9 +307,8 @@ def compact(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _notes(
-    key: Row, varying: list[str], keys: Sequence[tuple[Any, ...]], spread: Spread | None, rows: list[Row]
-) -> Iterator[str]:
+def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], spread: Spread | None) -> Iterator[str]:
+    key = group.key
     place = tuple(key[name] for name in KEY[:3])
     n_others = sum(other[:3] == place for other in keys) - 1
     if n_others:
@@ -267,8 +321,13 @@ def _notes(
         yield "these cells trained on different token files (tokens_hash); their held-out rows are the same"
     if "schema_version" in varying:
         yield "these cells were made by versions in which the same options mean other numbers (schema_version)"
-    if spread is None and len(rows) > 1:
-        yield "one seed each: nothing here says which differences are chance; seed=0,1,2 would"
+    if spread is None and len(group.rows) > 1:
+        what = "which differences are chance" if group.ordered_by is None else "how much another seed would differ"
+        yield f"one seed each: nothing here says {what}; seed=0,1,2 would"
+    if any(len(standing.on_frontier) == 1 for standing in group.standings):
+        yield f"one baseline is no frontier: rows stand in the order of {group.by} alone, which compares at equal L0 only"
+    if any(not standing.n_sequences for standing in group.standings):
+        yield "no sums per held-out sequence of the frontier (table sequences): ratios without intervals"
     if not key["heldout_hash"] or not key["model_hash"]:
         yield "rows without heldout_hash or model_hash: nothing shows that they were measured on the same vectors"
 
@@ -277,7 +336,7 @@ def records(groups: Sequence[Group], top: int | None = None) -> Iterator[Row]:
     """One flat record per row and per published baseline; `top` limits the rows of each group."""
     blank = dict.fromkeys(FIELDS)
     for group in groups:
-        for row in group.rows[:top]:
+        for row in (*group.rows[:top], *group.measured):
             known = {name: row[name] for name in FIELDS if name in row}
             yield {**blank, **known, "fvu_comparable_at": "equal l0", "same_heldout_rows": True}
         for line in group.baselines:

@@ -92,7 +92,14 @@ def make_site(layer: int = 1, hook_in: str = "norm_out", hook_out: str = "mlp_ou
     return Site(layer=layer, hook_in=hook_in, hook_out=hook_out)
 
 
-def write_cell(root: Path, cell_id: str, *, options: dict[str, Any] | None = None, **row: Any) -> None:
+def write_cell(
+    root: Path,
+    cell_id: str,
+    *,
+    options: dict[str, Any] | None = None,
+    sequences: list[dict[str, Any]] | None = None,
+    **row: Any,
+) -> None:
     """Commit a made-up finished cell: `options` as on the command line, `row` whatever else its row should say."""
     flat = make_cell(**(options or {})).flat()
     results = ResultsFolder(root)
@@ -112,7 +119,7 @@ def write_cell(root: Path, cell_id: str, *, options: dict[str, Any] | None = Non
     }
     curve = [{"step": step, "metric": "loss", "value": 1 / (step + 1)} for step in range(3)]
     latents = [{"latent": i, "group": 0, "density": 0.5} for i in range(2)]
-    sequences = [{"sequence": 0, "n_tokens": 31, "sum_squared_error": 1.5}]
+    sequences = sequences or [{"sequence": 0, "n_tokens": 31, "sum_squared_error": 1.5}]
     contexts = [{"latent": 0, "place": 0, "tokens": ["a", " b"], "activations": [0.0, 1.5], "activation": 1.5}]
     tables = {"runs": [run], "curves": curve, "latents": latents, "sequences": sequences, "contexts": contexts}
     write_run(results, cell_id, tables)

@@ -90,10 +90,12 @@ def test_without_a_second_seed_nothing_is_called_a_tie(tmp_path: Path):
 
 
 def test_other_transcoders_are_never_taken_for_seeds_of_each_other(tmp_path: Path):
+    write_cell(tmp_path, "cell")
     for cell_id in ("aa", "bb"):
         write_cell(tmp_path, cell_id, kind="baseline")
     (group,) = ranked(tmp_path)
-    assert [row["n_seeds"] for row in group.rows] == [1, 1]
+    assert [row["cell_id"] for row in group.measured] == ["aa", "bb"]
+    assert [row["n_seeds"] for row in group.measured] == [1, 1]
 
 
 def test_rank_by_another_metric_knows_which_way_is_better(tmp_path: Path):

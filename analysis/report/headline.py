@@ -49,11 +49,13 @@ def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
     if n_runs == 1:
         yield "The only run of this group."
     else:
-        yield f"It has the lowest FVU of {runs}."
+        at = ", relative to the baselines' at its own L0," if group.ordered_by else ""
+        yield f"It has the lowest FVU{at} of {runs}."
     if ties := [row for row in cells if row["tie"]]:
         shown = "; ".join(label(row, names) for row in ties[:3])
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
-        yield f"The spread of the seeds does not tell it from {len(ties)} other{'s' * (len(ties) > 1)}: {shown}{more}."
+        what = "Held-out sequences or seeds do" if group.ordered_by else "The spread of the seeds does"
+        yield f"{what} not tell it from {len(ties)} other{'s' * (len(ties) > 1)}: {shown}{more}."
     sparser = [row for row in cells if row["pareto"] and number(row["l0"]) < number(best["l0"])]
     if sparser:
         parts = [f"FVU {row['fvu']:.4f} at L0 {row['l0']:.1f} ({label(row, names)})" for row in sparser[:3]]

@@ -145,7 +145,7 @@ def _front_rows(group: Group, names: Sequence[str]) -> list[dict[str, Any]]:
     """A point for each row of the ranking; the front of cells leaves out baselines, and theirs the cells."""
     found = []
     for foreign in (False, True):
-        rows = [row for row in group.rows if (row["kind"] == "baseline") is foreign]
+        rows = group.measured if foreign else group.rows
         some = [row for row in rows if math.isfinite(number(row["fvu"])) and 0 < number(row["l0"]) < math.inf]
         marks = pareto_front([(row["l0"], row["fvu"]) for row in some])
         for row, mark in zip(some, marks, strict=True):

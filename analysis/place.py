@@ -1,0 +1,149 @@
+"""Where the rows of a ranking stand against the baselines measured on the same held-out rows.
+
+Sums per sequence come from the table `sequences`; of a cell with several seeds they are averaged over the seeds, as its
+metrics are. A row whose sequences are missing, or are not the baselines', has a ratio but no interval and no verdict.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from analysis.frontier import Array, Placed, Placement, Sums, frontier, place, tied
+
+__all__ = ["MEASURES", "PLACE_COLUMNS", "Measure", "Standing", "standings"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A loss that is compared at equal L0."""
+
+    name: str
+    """Begins the names of its columns."""
+    metric: str
+    """The metric of `runs` whose order it decides."""
+    words: str
+    loss: Callable[[float], float]
+    """The loss that a value of the metric is."""
+    sequence_loss: pl.Expr
+    """Of a row of `sequences`, not divided by what all transcoders have in common."""
+
+    def loss_of(self, row: Row) -> float:
+        """Of a row of `runs`; NaN where it has none."""
+        return self.loss(_number(row[self.metric]))
+
+
+MEASURES = (Measure("fvu", "fvu", "FVU", lambda fvu: fvu, pl.col("sum_squared_error")),)
+
+ENDS = ("ratio", "ratio_low", "ratio_high", "verdict", "frontier", "matched_l0", "extrapolated")
+PLACE_COLUMNS = tuple(f"{measure.name}_{end}" for measure in MEASURES for end in ENDS)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the rows of a group stand by one measure; rows are named by their `cell_id`."""
+
+    measure: Measure
+    n_sequences: int
+    """What the intervals rest on; 0 without any."""
+    l0_range: tuple[float, float]
+    """The frontier's."""
+    on_frontier: list[str]
+    """Its baselines, sparsest first."""
+    losses: list[float]
+    """Theirs."""
+    columns: dict[str, Row]
+    """Values of PLACE_COLUMNS."""
+    log_ratios: dict[str, Array]
+
+    def tied(self, one: str, other: str) -> bool | None:
+        """Whether the sequences do not tell two rows apart, each at its own L0; None where nothing says."""
+        return tied(self.log_ratios[one], self.log_ratios[other])
+
+
+def standings(rows: Sequence[Row], baselines: Sequence[Row], sequences: pl.DataFrame | None) -> Iterator[Standing]:
+    """One for every measure that both rows and baselines have.
+
+    Args:
+        rows: of a group, one for all seeds of a cell, which `cell_ids` names.
+        baselines: of the same group.
+        sequences: the table; it may have other cells too.
+    """
+    for measure in MEASURES:
+        known = [row for row in rows if math.isfinite(measure.loss_of(row))]
+        points = [(_number(row["l0"]), measure.loss_of(row)) for row in baselines]
+        edge = [baselines[i] for i in frontier(*np.array(points).reshape(-1, 2).T)]
+        if not (known and edge):
+            continue
+        series = {} if sequences is None else _series([*known, *edge], measure, sequences)
+        together = [row for row in known if _paired(row, edge, series)]
+        apart = [row for row in known if not _paired(row, edge, series)]
+        placements: dict[str, Placement] = {}
+        log_ratios: dict[str, Array] = {}
+        for part, sums in (
+            (together, series),
+            (apart, {row["cell_id"]: _total(row, measure) for row in (*known, *edge)}),
+        ):
+            placed = place(_sums(part, sums), _sums(edge, sums)) if part else Placed([], np.empty((0, 0)))
+            placements |= {row["cell_id"]: at for row, at in zip(part, placed.placements, strict=True)}
+            log_ratios |= {row["cell_id"]: line for row, line in zip(part, placed.log_ratios.T, strict=True)}
+        yield Standing(
+            measure,
+            n_sequences=len(series[edge[0]["cell_id"]][0]) if together else 0,
+            l0_range=(edge[0]["l0"], edge[-1]["l0"]),
+            on_frontier=[row["cell_id"] for row in edge],
+            losses=[measure.loss_of(row) for row in edge],
+            columns={row["cell_id"]: _columns(measure, row, placements[row["cell_id"]]) for row in known},
+            log_ratios=log_ratios,
+        )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _columns(measure: Measure, row: Row, at: Placement) -> Row:
+    on_frontier = None if at.ratio is None else measure.loss_of(row) / at.ratio
+    values = (at.ratio, at.low, at.high, at.verdict, on_frontier, at.matched_l0, at.extrapolated)
+    return {f"{measure.name}_{end}": value for end, value in zip(ENDS, values, strict=True)}
+
+
+Series = Array
+"""[3, sequences]: loss, active latents and number of tokens of every held-out sequence."""
+
+
+def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> dict[str, Series]:
+    """The sums of every row that has all of them, the mean over its seeds."""
+    ids = {row["cell_id"]: row.get("cell_ids") or [row["cell_id"]] for row in rows}
+    values = [value.cast(pl.Float64) for value in (measure.sequence_loss, pl.col("sum_l0"), pl.col("n_tokens"))]
+    wanted = pl.col("cell_id").is_in([cell_id for seeds in ids.values() for cell_id in seeds])
+    frame = sequences.filter(wanted).sort("cell_id", "sequence").select("cell_id", *values)
+    parts = frame.partition_by("cell_id", as_dict=True, include_key=False)
+    arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
+    found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}
+    return {
+        name: np.mean(seeds, 0)
+        for name, seeds in found.items()
+        if len(seeds) == len(ids[name]) and len({seed.shape for seed in seeds}) == 1 and np.isfinite(seeds).all()
+    }
+
+
+def _paired(row: Row, edge: Sequence[Row], series: dict[str, Series]) -> bool:
+    """Whether a row and all points of the frontier have sums for the same number of tokens in the same sequences."""
+    tokens = [series[one["cell_id"]][2] for one in (row, *edge) if one["cell_id"] in series]
+    return len(tokens) == 1 + len(edge) and all(np.array_equal(tokens[0], other) for other in tokens)
+
+
+def _total(row: Row, measure: Measure) -> Series:
+    """What the row itself says, as if of one sequence of one token."""
+    return np.array([[measure.loss_of(row)], [_number(row["l0"])], [1.0]])
+
+
+def _sums(rows: Sequence[Row], series: dict[str, Series]) -> Sums:
+    loss, l0, n_tokens = np.array([series[row["cell_id"]] for row in rows]).swapaxes(0, 1)
+    return Sums(loss, l0, n_tokens[0])

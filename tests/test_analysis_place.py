@@ -1,0 +1,175 @@
+"""Cells placed against measured baselines in a ranking: order, intervals, ties, and what a condition may leave out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make import row_file, write_cell
+from test_analysis_cli import run
+
+from analysis.place import PLACE_COLUMNS
+from analysis.rank import FIELDS, Group, rank, records
+from analysis.rank_table import rank_text
+from analysis.tables import load_table
+
+N = 30
+BASELINES = {"low": (8.0, 0.8), "middle": (32.0, 0.4), "beaten": (40.0, 0.5), "high": (128.0, 0.2)}
+CELLS = {
+    "dense": (100.0, 0.3),  # the lowest FVU, and worse than the baselines at L0 100
+    "sparse": (16.0, 0.5),
+    "even": (64.0, 0.4 / 2**0.5),
+    "even2": (64.0, 0.4 / 2**0.5),
+    "beyond": (4.0, 0.9),
+    "dominant": (4.0, 0.7),
+}
+
+
+def sequences(l0: float, fvu: float, seed: int) -> list[dict[str, Any]]:
+    """Sums that add up to this L0 and, with a variance of 1 per token, to this FVU."""
+    noise = np.random.default_rng(seed).uniform(0.8, 1.2, N)
+    errors = 31 * N * fvu * noise / noise.sum()
+    return [
+        {"sequence": i, "n_tokens": 31, "sum_squared_error": error, "sum_l0": 31 * l0} for i, error in enumerate(errors)
+    ]
+
+
+def write(root: Path, name: str, l0: float, fvu: float, seed: int, **row: Any) -> None:
+    write_cell(root, name, l0=l0, fvu=fvu, sequences=sequences(l0, fvu, seed), **row)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for i, (name, (l0, fvu)) in enumerate(BASELINES.items()):
+        write(tmp_path, name, l0, fvu, i, kind="baseline", baseline=f"layer_1/{name}", dead_fraction=0.9)
+    for i, (name, (l0, fvu)) in enumerate(CELLS.items()):
+        write(tmp_path, name, l0, fvu, 100 + i, options={"lr": (i + 1) / 1000})
+    return tmp_path
+
+
+def ranked(root: Path, by: str = "fvu") -> Group:
+    runs, sums = (load_table(root, table).frame.collect() for table in ("runs", "sequences"))
+    (group,) = rank(runs, by, sums)
+    return group
+
+
+def test_cells_stand_in_the_order_of_their_ratio_not_of_their_fvu(results: Path) -> None:
+    rows = {row["cell_id"]: row for row in ranked(results).rows}
+    at_100 = 0.4 * (0.2 / 0.4) ** (np.log(100 / 32) / np.log(128 / 32))
+    assert rows["dense"]["fvu_ratio"] == pytest.approx(0.3 / at_100)
+    assert rows["dense"]["fvu_frontier"] == pytest.approx(at_100)
+    assert rows["sparse"]["fvu_ratio"] == pytest.approx(0.5 / (0.8 * 0.4) ** 0.5)
+    assert rows["sparse"]["fvu_matched_l0"] == pytest.approx(8 * 4 ** (np.log(0.8 / 0.5) / np.log(2)))
+    assert rows["even"]["fvu_ratio"] == pytest.approx(1)
+    assert rows["beyond"]["fvu_ratio"] == pytest.approx(0.9 / (0.8 * 2**0.5))
+    order = [row["cell_id"] for row in ranked(results).rows]
+    assert order == ["dominant", "beyond", "sparse", "even", "even2", "dense"]
+    verdicts = {name: row["fvu_verdict"] for name, row in rows.items()}
+    assert verdicts == {
+        "dense": "worse", "sparse": "better", "even": "tie", "even2": "tie", "beyond": "not comparable",
+        "dominant": "dominates",
+    }  # fmt: skip
+    assert {name for name, row in rows.items() if row["fvu_extrapolated"]} == {"beyond", "dominant"}
+    for name in ("even", "even2"):
+        assert rows[name]["fvu_ratio_low"] < 1 < rows[name]["fvu_ratio_high"]
+
+
+def test_the_frontier_has_no_beaten_baseline(results: Path) -> None:
+    group = ranked(results)
+    assert [row["cell_id"] for row in group.measured] == ["low", "middle", "beaten", "high"]
+    (standing,) = group.standings
+    assert standing.on_frontier == ["low", "middle", "high"]
+    assert standing.l0_range == (8.0, 128.0)
+    assert standing.n_sequences == N
+
+
+def test_ties_with_the_first_are_judged_each_at_its_own_l0(tmp_path: Path) -> None:
+    for i, (name, (l0, fvu)) in enumerate(BASELINES.items()):
+        write(tmp_path, name, l0, fvu, i, kind="baseline")
+    write(tmp_path, "one", 16.0, 0.5, 20, options={"lr": 1e-3})
+    write(tmp_path, "other", 64.0, 0.252, 21, options={"lr": 2e-3})
+    write(tmp_path, "third", 64.0, 0.3, 22, options={"lr": 3e-3})
+    group = ranked(tmp_path)
+    assert [(row["cell_id"], row["tie"]) for row in group.rows] == [("one", False), ("other", True), ("third", False)]
+    assert "= not told from the first by the held-out sequences (95%, fvu at equal L0" in rank_text(group)
+
+
+def test_seeds_of_a_cell_are_placed_by_their_mean(tmp_path: Path) -> None:
+    for i, (name, (l0, fvu)) in enumerate(BASELINES.items()):
+        write(tmp_path, name, l0, fvu, i, kind="baseline")
+    for seed, (l0, fvu) in enumerate([(15.0, 0.48), (17.0, 0.52)]):
+        write(tmp_path, f"seed{seed}", l0, fvu, 20 + seed, options={"seed": seed})
+    (row,) = ranked(tmp_path).rows
+    assert row["fvu_ratio"] == pytest.approx(0.5 / (0.8 * 0.4) ** 0.5)
+    assert row["fvu_ratio_low"] < row["fvu_ratio"] < row["fvu_ratio_high"] < 1
+
+
+@pytest.mark.parametrize("missing", ["even", "middle"])
+def test_without_sequences_there_is_a_ratio_but_no_interval(results: Path, missing: str) -> None:
+    row_file(results, missing, "sequences").unlink()
+    rows = {row["cell_id"]: row for row in ranked(results).rows}
+    assert rows["even"]["fvu_ratio"] == pytest.approx(1)
+    assert (rows["even"]["fvu_ratio_low"], rows["even"]["fvu_verdict"]) == (None, None)
+    assert (rows["sparse"]["fvu_verdict"] is None) == (missing == "middle")
+    if missing == "middle":
+        assert "ratios without intervals" in rank_text(ranked(results))
+
+
+def test_another_number_of_tokens_is_not_paired(results: Path) -> None:
+    write_cell(results, "odd", l0=16.0, fvu=0.5, options={"lr": 0.5}, sequences=sequences(16.0, 0.5, 3)[:-1])
+    rows = {row["cell_id"]: row for row in ranked(results).rows}
+    assert rows["odd"]["fvu_ratio"] == pytest.approx(rows["sparse"]["fvu_ratio"])
+    assert rows["odd"]["fvu_verdict"] is None
+
+
+def test_another_metric_orders_by_itself_and_still_places(results: Path) -> None:
+    group = ranked(results, "l0")
+    assert [row["cell_id"] for row in group.rows][:2] == ["dominant", "beyond"]
+    assert group.ordered_by is None
+    assert all(row["fvu_ratio"] is not None for row in group.rows)
+
+
+def test_conditions_choose_cells_and_leave_the_frontier(results: Path) -> None:
+    found = json.loads(run("rank", results, "--where", "dead_fraction < 0.5 and l0 < 50", "--json").stdout)
+    assert [record["cell_id"] for record in found] == [
+        "dominant",
+        "beyond",
+        "sparse",
+        "low",
+        "middle",
+        "beaten",
+        "high",
+    ]
+    assert [record["kind"] for record in found] == ["cell"] * 3 + ["baseline"] * 4
+    assert {tuple(record) for record in found} == {FIELDS}
+    narrow = run("rank", results, "--frontier", "l0 > 20", "--json")
+    assert "left out 1 of 4 baselines: they do not satisfy l0 > 20" in narrow.stderr
+    assert {r["cell_id"]: r["fvu_extrapolated"] for r in json.loads(narrow.stdout)}["sparse"]
+
+
+def test_the_text_says_what_its_marks_mean(results: Path) -> None:
+    text = rank_text(ranked(results))
+    lines = {line.split()[-1]: line for line in text.splitlines() if line.strip()}
+    assert "~" in lines["beyond"]
+    assert "not comparable" in lines["beyond"]
+    assert "~ outside L0 8 to 128" in text
+    assert f"{N} held-out sequences" in text
+    assert lines["beaten"].split()[:2] == ["layer_1/beaten", "-"]
+    assert lines["high"].split()[:2] == ["layer_1/high", "fvu"]
+    assert "< 8" in lines["beyond"]
+    assert "FVU compares fairly only" not in text
+    assert "6 runs and 4 baselines" in text
+
+
+def test_beside_one_baseline_nothing_is_ordered_by_a_ratio(results: Path) -> None:
+    found = run("rank", results, "--frontier", "l0 = 128")
+    assert "one baseline is no frontier" in found.stdout
+    lines = {line.split()[-1]: line for line in found.stdout.splitlines() if line.strip()}
+    assert "not comparable" in lines["sparse"]
+
+
+def test_records_of_baselines_have_no_place(results: Path) -> None:
+    for record in records([ranked(results)]):
+        if record["kind"] == "baseline":
+            assert [record[name] for name in PLACE_COLUMNS] == [None] * len(PLACE_COLUMNS)
