@@ -82,8 +82,7 @@ def interrupt(member: Member) -> None:
     """Save the member where it stands."""
     if member.run:
         member.run.checkpoint()
-        member.set_status(**member.run.standing())
-    member.set_status(state="interrupted")
+    member.set_status(state="interrupted", **({} if member.run is None else member.run.standing()))
 
 
 def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> None:
