@@ -27,7 +27,12 @@ app = typer.Typer(
 
 @app.command(name="evaluate")
 def evaluate_command(
-    checkpoint: Annotated[Path, typer.Option(help="results/cells/<cell_id>, or the transcoder folder in it.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="results/cells/<cell_id>, its transcoder folder, or a folder with an old torch file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="Of a torch file: model=, data=, top_k=, ...")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="The layer you expect; any other than its own is refused.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches of rows; default: the rows of its sweep.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a batch; default 8.")] = None,
@@ -40,25 +45,29 @@ def evaluate_command(
 
     Rows come in order from the held-out split. More than the sweep had come from documents it did not use.
 
+    A state dict of W_enc, W_dec, b_enc and b_dec that another program saved with torch is scored too; what the
+    config.json beside it does not tell is given as for a sweep.
+
     \b
     Examples:
       python -m sweep evaluate --checkpoint results/cells/<cell_id>
       python -m sweep evaluate --checkpoint results/cells/<cell_id> --batches 100 --batch_size 8 --output_dir out
       python -m sweep evaluate --checkpoint results/cells/<cell_id> --against results/cells/<other>
+      python -m sweep evaluate --checkpoint old --layer 12 model=gemma-3-270m top_k=32
     """
     with refusals():
         from sweep.launch import console
+        from sweep.launch.elsewhere import open_checkpoint
         from sweep.launch.launch import check_cache
         from sweep.options import device_problems
-        from sweep.saved import check_layer, check_output, open_saved
+        from sweep.saved import check_output, open_saved
 
         if batch_size is not None and batches is None:
             raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
         if problems := list(device_problems(device)):
             raise ConfigError(*problems)
-        saved = open_saved(checkpoint)
+        saved = open_checkpoint(checkpoint, layer, overrides or ())
         other = None if against is None else open_saved(against)
-        check_layer(saved, layer)
         if output_dir is not None:
             check_output(output_dir)
         cache = CacheFolder(cache_dir or saved.default_cache)

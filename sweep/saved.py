@@ -62,9 +62,7 @@ class Saved:
         Raises:
             CheckpointError: it is damaged, or not the one its config describes.
         """
-        from sweep.transcoder import load_transcoder
-
-        transcoder = load_transcoder(self.folder, device)
+        transcoder = self.read(device)
         expected = (self.cell.model.d_in, self.cell.model.d_out)
         if (found := (transcoder.W_enc.shape[0], transcoder.W_dec.shape[1])) != expected:
             raise CheckpointError(
@@ -74,6 +72,11 @@ class Saved:
             if not bool(getattr(transcoder, name).isfinite().all()):
                 raise CheckpointError(f"{self.folder}: {name} holds numbers that are not finite")
         return transcoder
+
+    def read(self, device: str) -> "Transcoder":
+        from sweep.transcoder import load_transcoder
+
+        return load_transcoder(self.folder, device)
 
 
 def open_saved(path: Path) -> Saved:
