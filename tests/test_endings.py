@@ -10,6 +10,9 @@ from make import make_cell
 from sweep.failures import Failure
 from sweep.launch.endings import Ending, divided, ending_of
 from sweep.launch.jobs import Job
+from sweep.launch.slurm import Followed, SlurmJobs, Submission
+from sweep.launch.squeue import Seen
+from sweep.paths import LaunchFolder, ResultsFolder
 
 CELLS = [make_cell(seed=seed) for seed in range(8)]
 DEATHS: list[Failure] = ["killed", "crashed", "hung"]
@@ -71,3 +74,21 @@ def test_ending_of_a_process(code: int, stacks: str, printed: str, state: Failur
     ending = ending_of(code, tmp_path / "job_1.json", tmp_path / "job_1.err")
     assert (ending.state, ending.cell_id) == (state, "0123456789")
     assert ending.message.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("seen", "stacks", "words"),
+    [
+        (None, "", "lost: Slurm job 12_0, unknown to Slurm"),
+        (Seen("12_0", "name", "OUT_OF_MEMORY", "node1"), "", "out of memory: Slurm job 12_0"),
+        (Seen("12_0", "name", "FAILED", "node1"), "Timeout!", "hung: no sign of life"),
+    ],
+)
+def test_ending_of_a_job_in_slurm(seen: Seen | None, stacks: str, words: str, tmp_path: Path) -> None:
+    submission = Submission(LaunchFolder(tmp_path), ((CELLS[0].cell_id,), (CELLS[1].cell_id,)), "12")
+    tmp_path.joinpath("job_0.stacks").write_text(stacks)
+    jobs = SlurmJobs(ResultsFolder(tmp_path), [CELLS[0].cell_id])
+    jobs._jobs = [Followed(submission, 0, seen)]
+    ending = jobs.ending(CELLS[0].cell_id)
+    assert ending is not None
+    assert ending[0].startswith(words)

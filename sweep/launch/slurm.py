@@ -30,6 +30,7 @@ from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
 from sweep.options import Workflow
 from sweep.paths import LaunchFolder, ResultsFolder, locked, write_json
+from sweep.pulse import stacks_of
 from sweep.revisions import read_object
 from sweep.status import Status
 
@@ -312,4 +313,11 @@ class SlurmJobs:
             return None
         if job.live:
             return f"in {job.words}; python -m sweep watch follows it", job.log
+        file = job.submission.folder.job(job.index)
+        if stacks_of(file):
+            words = f"hung: no sign of life for hang_minutes; its threads' stacks are in {file.parent}"
+            return f"{words}; give the command again to go on", job.log
+        if job.seen is not None and job.seen.state == "OUT_OF_MEMORY":
+            fix = "give the command again with more hydra.launcher.mem_gb, or hydra.launcher.jobs= for smaller gangs"
+            return f"out of memory: {job.words}; {fix}", job.log
         return f"lost: {job.words}; give the command again to go on", job.log
