@@ -325,7 +325,8 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
         what = "which differences are chance" if group.ordered_by is None else "how much another seed would differ"
         yield f"one seed each: nothing here says {what}; seed=0,1,2 would"
     if any(len(standing.on_frontier) == 1 for standing in group.standings):
-        yield f"one baseline is no frontier: rows stand in the order of {group.by} alone, which compares at equal L0 only"
+        order = f"rows stand in the order of {group.by} alone, which compares at equal L0 only"
+        yield f"one baseline is no frontier: {order}"
     if any(not standing.n_sequences for standing in group.standings):
         yield "no sums per held-out sequence of the frontier (table sequences): ratios without intervals"
     if not key["heldout_hash"] or not key["model_hash"]:
