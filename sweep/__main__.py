@@ -83,6 +83,58 @@ def evaluate_command(
         print(text(scored), end="")
 
 
+@app.command(name="compare")
+def compare_command(
+    ours_checkpoint: Annotated[Path, typer.Option(help="results/cells/<cell_id>, or the transcoder folder in it.")],
+    google_dir: Annotated[Path, typer.Option(help="A folder in Google's layout: a family, or one transcoder.")],
+    layer: Annotated[int | None, typer.Option(help="The layer you expect; any other than its own is refused.")] = None,
+    width: Annotated[str | None, typer.Option(help="As in Google's folders, such as 16k; default: all there.")] = None,
+    l0: Annotated[str, typer.Option(help="all, lowest, nearest:<number>, or an L0 that is there.")] = "all",
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches of rows; default: the rows of its sweep.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a batch; default 8.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
+    output_dir: Annotated[Path | None, typer.Option(help="Write comparison.json and both metrics there.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Default: the cache in the results folder.")] = None,
+) -> None:
+    """Ours beside Google's on the same held-out rows: both sides' metrics, and a verdict at equal L0 only.
+
+    \b
+    Examples:
+      python -m sweep compare --ours_checkpoint results/cells/<cell_id> --google_dir ./gemma_scope_2b_transcoders
+      python -m sweep compare --ours_checkpoint results/cells/<cell_id> --google_dir ./gemma_scope_2b_transcoders \
+        --layer 17 --batches 1000 --device cuda:0 --output_dir out/
+    """
+    with refusals():
+        import re
+
+        from sweep.launch import console
+        from sweep.launch.launch import check_cache
+        from sweep.options import L0_CHOICE, device_problems
+        from sweep.saved import check_layer, check_output, open_saved
+
+        if batch_size is not None and batches is None:
+            raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
+        if not re.fullmatch(L0_CHOICE, l0):
+            raise ConfigError(f"--l0 {l0} is no L0; choose all, lowest, nearest:<number> or a number")
+        if problems := list(device_problems(device)):
+            raise ConfigError(*problems)
+        saved = open_saved(ours_checkpoint)
+        check_layer(saved, layer)
+        if output_dir is not None:
+            check_output(output_dir)
+        cache = CacheFolder(cache_dir or saved.default_cache)
+        check_cache(cache.root)
+        n_rows = None if batches is None else batches * (batch_size or 8)
+        with console.progress() as report:
+            report("start", 0, 0, "")
+            from sweep.compare import compare, text, write
+
+            compared = compare(saved, google_dir, width, l0, n_rows, cache, device, report)
+        if output_dir is not None:
+            write(compared, output_dir)
+        print(text(compared), end="")
+
+
 @app.command(name="prepare")
 def prepare_command(
     overrides: Annotated[

@@ -56,6 +56,7 @@ LAYERS: list[set[str]] = [
     {"sweep.beside"},
     {"sweep.job"},
     {"sweep.score", "sweep.prepare"},
+    {"sweep.compare"},
     {
         "sweep.launch",
         "sweep.launch.help",
