@@ -247,19 +247,34 @@ def _download(model: Model, report: Report) -> Path:
     Raises:
         ModelError: offline and not in the cache, no such commit, or no access.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # of httpx or httpx2, by version
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+    )
 
     report("download model", 0, 0, "")
     what = f"model={model.model}: {model.model_repo} at {model.model_revision[:12]}"
+    token = os.environ.get("HF_TOKEN")
+    unreachable: Exception | None = None
     try:
+        try:  # without this question, an offline machine waits for half a minute of retries
+            HfApi().model_info(
+                model.model_repo, revision=model.model_revision, timeout=HUB_TIMEOUT_SECONDS, token=token
+            )
+        except (OSError, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            unreachable = error  # what was downloaded before may do
         folder = snapshot_download(
             model.model_repo,
             revision=model.model_revision,
             allow_patterns=HUB_FILES,
             ignore_patterns=["*/*"],
-            token=os.environ.get("HF_TOKEN"),
+            token=token,
             etag_timeout=HUB_TIMEOUT_SECONDS,
+            local_files_only=unreachable is not None,
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -267,5 +282,6 @@ def _download(model: Model, report: Report) -> Path:
             f"and set HF_TOKEN, or {OFFLINE_ALTERNATIVE}"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{what} cannot be downloaded ({first_line(error)}); {OFFLINE_ALTERNATIVE}") from error
+        reason = first_line(unreachable or error)
+        raise ModelError(f"{what} cannot be downloaded ({reason}); {OFFLINE_ALTERNATIVE}") from error
     return Path(folder)

@@ -196,6 +196,15 @@ def test_unreachable_hub_is_named_with_a_model_that_works(tmp_path: Path, enviro
     assert len(message.splitlines()) == 1
 
 
+def test_a_model_downloaded_before_needs_no_network(tmp_path: Path) -> None:
+    stored = tmp_path / "hub" / "hub" / "models--nobody--far"
+    (stored / "snapshots" / "abc").mkdir(parents=True)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "0123456789abcdef").write_text("abc")
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    assert run_python(ASK_HUB, str(tmp_path), **environment) == ""
+
+
 def test_gated_model_is_named_with_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
     from huggingface_hub.errors import GatedRepoError
