@@ -1,12 +1,17 @@
-"""Folders in Google's exact layout, made from arrays: `from gemma_scope import random_arrays, write_first`."""
+"""Folders in Google's exact layout, made from arrays: `from gemma_scope import random_arrays, write_first`.
+
+`python -m tests.gemma_scope RESULTS FOLDER` makes a family of Gemma Scope out of the cells of a sweep: those that read
+norm_unit.
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 __all__ = ["Arrays", "random_arrays", "reference_prediction", "write_first", "write_second"]
 
@@ -77,3 +82,17 @@ def write_second(
     }
     (folder / "config.json").write_text(json.dumps(values | config))
     return folder
+
+
+def write_family(results: Path, root: Path) -> None:
+    """Every cell of a results folder that reads norm_unit and selects by a threshold, in Google's layout."""
+    for folder in sorted((results / "cells").iterdir()):
+        site = json.loads((folder / "config.json").read_text())["site"]
+        weights = load_file(folder / "transcoder" / "transcoder.safetensors")
+        if site["hook_in"] == "norm_unit" and "threshold" in weights:
+            l0 = round(json.loads((folder / "metrics.json").read_text())["l0"])
+            write_first(root, weights, site["layer"], l0)
+
+
+if __name__ == "__main__":
+    write_family(*map(Path, sys.argv[1:]))
