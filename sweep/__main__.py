@@ -36,6 +36,10 @@ def evaluate_command(
     layer: Annotated[int | None, typer.Option(help="The layer you expect; any other than its own is refused.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches of rows; default: the rows of its sweep.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a batch; default 8.")] = None,
+    causal_rows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows the model runs on with predictions in it; default: as in its sweep."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Write metrics.json and summary.txt there.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another cell, scored on the same rows to compare.")] = None,
@@ -77,7 +81,7 @@ def evaluate_command(
             report("start", 0, 0, "")
             from sweep.score import score, text, write
 
-            scored = score(saved, other, n_rows, cache, device, report)
+            scored = score(saved, other, n_rows, cache, device, report, causal_rows)
         if output_dir is not None:
             write(scored, output_dir)
         print(text(scored), end="")

@@ -25,7 +25,7 @@ from sweep.metrics import Metrics
 from sweep.paths import CacheFolder, write_json
 from sweep.progress import Report
 from sweep.saved import Saved
-from sweep.score import Rows
+from sweep.score import Rows, causal_rows_of, row_before
 from sweep.summary import aligned, shown
 from sweep.tokens import ROWS_PER_BLOCK, row_counts
 
@@ -78,9 +78,11 @@ def compare(
     baselines = [load_baseline(entry, cell.site.layer, d_in, d_out, device) for entry in entries]
     predictors = {OURS: (cell.site, saved.load(device))} | {b.name: (b.site, b.transcoder) for b in baselines}
     n_rows = n_rows or row_counts(cell.data)["heldout"]
-    rows = Rows(cell, n_rows, cache, device, report)
     sites = list(dict.fromkeys(site for site, _ in predictors.values()))
-    scores = evaluate(predictors, rows.blocks(sites), rows.seq_tokens, report, -(-n_rows // ROWS_PER_BLOCK))
+    rows = Rows(cell, sites, n_rows, cache, device, report)
+    causal = rows.causal(causal_rows_of(row_before(saved), cell))
+    n_blocks = -(-n_rows // ROWS_PER_BLOCK)
+    scores = evaluate(predictors, rows.blocks(), rows.seq_tokens, report, n_blocks, causal=causal)
     placement, on_frontier = _placed(scores[OURS], {b.name: scores[b.name] for b in baselines})
     return Compared(
         facts={

@@ -3,11 +3,12 @@
     block -> targets of each site -> TargetMoments                             once per site
           -> sources, in chunks -> encode -> LatentActivity -> decode          once per transcoder
           -> targets and predictions -> Reconstruction
+    then, on some rows: predictions in the language model's own activation's place -> cross-entropies, see causal.py
 
 Nothing is changed by being looked at, and what one transcoder scores does not depend on which others are there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sweep.causal import Attempt, CausalRows, Effect, causal_effects, simply
 from sweep.config import Site
 from sweep.contexts import TopContexts
 from sweep.errors import DataError
@@ -32,11 +34,9 @@ from sweep.metrics import (
     reconstruction_metrics,
 )
 from sweep.progress import Report, silent
+from sweep.results import CAUSAL_COLUMNS, CAUSAL_METRICS
 
 __all__ = ["Evaluation", "Predictor", "evaluate"]
-
-Attempt = Callable[[str, Callable[[], None]], bool]
-"""Does what concerns the predictor of a name alone, and tells whether it went well."""
 
 
 @runtime_checkable
@@ -73,11 +73,6 @@ class Evaluation:
     """What excites each latent most, as TopContexts gives it; empty where none were asked for."""
 
 
-def simply(_: str, action: Callable[[], None]) -> bool:
-    action()
-    return True
-
-
 @torch.no_grad()
 def evaluate(
     predictors: Mapping[str, tuple[Site, Predictor]],
@@ -87,13 +82,16 @@ def evaluate(
     n_blocks: int = 0,
     n_contexts: int = 0,
     attempt: Attempt = simply,
+    causal: CausalRows | None = None,
 ) -> dict[str, Evaluation]:
     """Score every predictor on the held-out blocks, in one pass.
 
     `attempt` does what concerns one predictor alone; where it returns False, that one is left out from then on.
 
     `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_blocks` is how many will
-    come, for the report. Of each latent the `n_contexts` contexts that excite it most are kept.
+    come, for the report. Of each latent the `n_contexts` contexts that excite it most are kept. `causal` holds the
+    first of these rows, on which the language model runs with each prediction in its activation's place; without it
+    those metrics are None.
 
     Raises:
         DataError: there is no block.
@@ -111,10 +109,15 @@ def evaluate(
     if not n_done:
         raise DataError("the held-out split has no row; raise n_heldout_tokens= or give more text")
     deviations = {site: moment.deviations() for site, moment in moments.items()}
+    effects: dict[str, Effect] = {}
+    if causal is not None:
+        means = {site: each.mean for site, each in deviations.items()}
+        predict = {name: (score.site, score.predict) for name, score in scores.items()}
+        effects = causal_effects(predict, means, causal, report, attempt)
     evaluations: dict[str, Evaluation] = {}
 
     def conclude(name: str, score: Score) -> None:
-        evaluations[name] = score.evaluation(deviations[score.site], seq_tokens)
+        evaluations[name] = score.evaluation(deviations[score.site], seq_tokens, effects.get(name))
 
     for name, score in scores.items():
         attempt(name, partial(conclude, name, score))
@@ -147,17 +150,23 @@ class Score:
                 self.contexts.update(latents)
             self.reconstruction.update(target[chunk], self.predictor.decode(latents, read).to(target.device))
 
-    def evaluation(self, deviations: Deviations, seq_tokens: int) -> Evaluation:
+    def predict(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """The prediction alone; nothing is added up."""
+        parts = (source[chunk].to(self.predictor.W_enc) for chunk in pieces(len(source), 4 * self.dict_size))
+        return torch.cat([self.predictor.decode(self.predictor.encode(part), part) for part in parts])
+
+    def evaluation(self, deviations: Deviations, seq_tokens: int, effect: Effect | None) -> Evaluation:
         similarity = decoder_similarity(self.predictor.W_dec)
         return Evaluation(
             metrics={
                 **reconstruction_metrics(self.reconstruction, deviations),
                 **self.activity.metrics(),
                 **similarity.metrics(),
+                **(effect.metrics() if effect else dict.fromkeys(CAUSAL_METRICS)),
             },
             source_norm=self.source_norms / deviations.n_tokens,
             latents=self._latents(similarity),
-            sequences=self._sequences(deviations, seq_tokens),
+            sequences=self._sequences(deviations, seq_tokens, effect),
             contexts=self.contexts.rows() if self.contexts else [],
         )
 
@@ -173,7 +182,7 @@ class Score:
             }
         )
 
-    def _sequences(self, deviations: Deviations, seq_tokens: int) -> list[dict[str, Any]]:
+    def _sequences(self, deviations: Deviations, seq_tokens: int, effect: Effect | None) -> list[dict[str, Any]]:
         n_rows = len(deviations.per_sequence)
 
         def per_sequence(values: Tensor) -> list[float]:
@@ -188,6 +197,7 @@ class Score:
                 "sum_squared_deviation": deviations.per_sequence.tolist(),
                 "sum_l0": per_sequence(self.activity.l0),
                 "sum_cosine": per_sequence(self.reconstruction.cosine),
+                **(effect.columns(n_rows) if effect else {name: [None] * n_rows for name in CAUSAL_COLUMNS}),
             }
         )
 

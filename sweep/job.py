@@ -20,6 +20,7 @@ from sweep.activations import ActivationStream
 from sweep.beside import Beside, baselines_beside, commit_baseline
 from sweep.blocks import CachedBlocks, from_model, with_cache
 from sweep.cache import in_use
+from sweep.causal import CausalRows
 from sweep.commit import Workplace, commit
 from sweep.config import Model
 from sweep.errors import Interrupted, ModelError, SweepError
@@ -219,7 +220,16 @@ def evaluate_all(
         action()
         return True
 
-    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, attempt)
+    causal = causal_rows(place, workflow.n_causal_rows)
+    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, attempt, causal)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
     return evaluations
+
+
+def causal_rows(place: Workplace, n_rows: int) -> CausalRows | None:
+    """The first held-out rows and the language model, loaded now where all activations came from the cache."""
+    if n_rows == 0:
+        return None
+    rows = torch.from_numpy(place.tokens.heldout[:n_rows].astype("int64"))
+    return CausalRows(place.harvested.language_model(), rows)

@@ -4,11 +4,12 @@
 2. `load_tokenizer` and `load_language_model` load it; nothing goes to a network from here on.
 3. `LanguageModel.check` holds a site's hooks against the loaded model, before the first step.
 4. `LanguageModel.harvest` runs rows of tokens once and returns the activations of all sites.
+5. `LanguageModel.run` runs them to the end, and `LanguageModel.rerun` again with one activation replaced.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from sweep.provenance import multiplies_bfloat16
 
 __all__ = [
     "Activations",
+    "Forward",
     "LanguageModel",
     "Pieces",
     "Tokenizer",
@@ -53,6 +55,18 @@ class Activations(NamedTuple):
 
     source: Float[Tensor, "tokens d_in"]
     target: Float[Tensor, "tokens d_out"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A pass over whole rows, and what is needed to run its end again."""
+
+    rows: Int[Tensor, "rows seq"]
+    logits: Float[Tensor, "rows seq vocabulary"]
+    activations: dict[str, Float[Tensor, "tokens width"]]
+    """By full hook name, as `LanguageModel.harvest` gives them."""
+    entering: dict[int, Any]
+    """By layer from 1 on: what the layer below handed to it."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +182,74 @@ class LanguageModel:
         flat = {name: tensor.flatten(0, 1) for name, tensor in captured.items()}
         return {site: Activations(*(flat[name] for name in site.hook_names)) for site in sites}
 
+    @property
+    def vocabulary(self) -> int:
+        """Numbers in the logits of a token."""
+        return int(self._bridge.cfg.d_vocab)
+
+    @torch.no_grad()
+    def run(self, rows: Int[Tensor, "rows seq"], names: Collection[str], layers: Collection[int]) -> Forward:
+        """Run rows of tokens to the end, keeping activations by full hook name and what enters some layers.
+
+        Raises:
+            ModelError: a hook does not exist or does not fire.
+        """
+        rows, entering = rows.to(self.device), dict[int, Any]()
+        if missing := sorted(set(names) - self._hooks):
+            raise self._no_such_hook(missing[0])
+        captured: dict[str, Tensor] = {}
+        hooks = [(name, lambda tensor, hook, name=name: captured.update({name: self._kept(tensor)})) for name in names]
+        with contextlib.ExitStack() as stack:
+            for layer in set(layers) - {0}:
+                below = self._bridge.blocks[layer - 1].original_component
+                stack.enter_context(
+                    below.register_forward_hook(
+                        lambda module, inputs, output, layer=layer: entering.update({layer: output})
+                    )
+                )
+            logits = self._bridge.run_with_hooks(rows, return_type="logits", fwd_hooks=hooks, use_cache=False)
+        if missing := sorted(set(names) - captured.keys()):
+            raise self._no_such_hook(missing[0])
+        return Forward(rows, logits, {name: tensor.flatten(0, 1) for name, tensor in captured.items()}, entering)
+
+    @torch.no_grad()
+    def rerun(
+        self, forward: Forward, name: str, values: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "rows seq vocabulary"]:
+        """The logits where the activation `name` is replaced by `values` (broadcast) at every position but 0.
+
+        Position 0 keeps what the model computes there. Only the layer of `name` and those above it run: the layers
+        below give what they gave in `forward`, which `run` must have kept for that layer.
+        """
+
+        def replace(tensor: Tensor, hook: Any) -> Tensor:
+            replaced, rest = tensor.clone(), tensor[:, 1:]
+            replaced[:, 1:] = values.to(tensor).expand(rest.shape[:2].numel(), -1).view_as(rest)
+            return replaced
+
+        layer = int(name.split(".")[1])
+        with self._skipping(layer, forward.entering.get(layer)):
+            logits: Tensor = self._bridge.run_with_hooks(
+                forward.rows, return_type="logits", fwd_hooks=[(name, replace)], use_cache=False
+            )
+        return logits
+
+    @contextlib.contextmanager
+    def _skipping(self, layer: int, entering: Any) -> Iterator[None]:
+        """Let the layers below `layer` compute nothing and hand on `entering`, whatever kind of object they return."""
+        below = [block.original_component for block in self._bridge.blocks[:layer]]
+        for module in below:
+            module.forward = lambda *inputs, **options: entering
+        try:
+            yield
+        finally:
+            for module in below:
+                del module.forward
+
+    def _kept(self, tensor: Float[Tensor, "rows seq *width"]) -> Float[Tensor, "rows seq-1 *width"]:
+        """A contiguous copy without position 0, in the dtype of activations."""
+        return tensor[:, 1:].to(self._activation_dtype, copy=True, memory_format=torch.contiguous_format)
+
     def _capture(
         self, rows: Int[Tensor, "rows seq"], names: Collection[str]
     ) -> dict[str, Float[Tensor, "rows seq-1 *width"]]:
@@ -183,9 +265,7 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[[Tensor, Any], None]:
             def copy(tensor: Tensor, hook: Any) -> None:
-                captured[name] = tensor[:, 1:].to(
-                    self._activation_dtype, copy=True, memory_format=torch.contiguous_format
-                )
+                captured[name] = self._kept(tensor)
                 if len(captured) == len(names):
                     raise StopAtLayerException(tensor)
 

@@ -54,6 +54,7 @@ class Deviations:
     """Squared deviations of all targets of a site from their mean over all tokens."""
 
     n_tokens: int
+    mean: Float[Tensor, " d_out"]
     per_sequence: Float[Tensor, " rows"]
     per_dimension: Float[Tensor, " d_out"]
     from_one_mean: float
@@ -105,6 +106,7 @@ class TargetMoments:
         spread = (self._origin + mean) - (self._origin + mean).mean()
         return Deviations(
             n_tokens=n_tokens,
+            mean=(self._origin + mean).cpu(),
             per_sequence=per_sequence.cpu(),
             per_dimension=(torch.stack(self._within_dimension).sum(0) + between.sum(0)).cpu(),
             from_one_mean=float(per_sequence.sum() + n_tokens * spread.square().sum()),

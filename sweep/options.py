@@ -70,6 +70,9 @@ class Workflow:
     checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
     keep_checkpoints: bool = option("keep the checkpoints of finished cells")
     n_contexts: int = option("contexts kept of each latent: the held-out tokens that excite it most; 0 keeps none")
+    n_causal_rows: int = option(
+        "held-out rows on which the language model's cross-entropy is taken with predictions in it; 0 takes none"
+    )
     device: str = option("auto, cpu, cuda or cuda:<n>")
     baselines: Literal["none", "gemma_scope"] = option(
         "gemma_scope: also score Google's transcoders of each layer, in the same pass over the held-out rows"
@@ -88,6 +91,7 @@ class Workflow:
         yield from at_least(
             0,
             n_contexts=self.n_contexts,
+            n_causal_rows=self.n_causal_rows,
             checkpoint_steps=self.checkpoint_steps,
             cache_gib=self.cache_gib,
             hang_minutes=self.hang_minutes,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLANK_SEAL",
+    "CAUSAL_COLUMNS",
+    "CAUSAL_METRICS",
     "DEAD_AT_TOKENS",
     "METRICS",
     "TABLES",
@@ -76,6 +78,19 @@ OPTIONS = tuple(
     for kind, name, hint, metadata in option_fields()
     if kind in (*SLICES.values(), Cell)
 )
+
+CAUSAL = (
+    Column("ce_clean", "float64", "cross-entropy of the language model as it is", unit="nats per token"),
+    Column("ce_spliced", "float64", "cross-entropy with predictions spliced in", unit="nats per token", better="lower"),
+    Column("ce_ablated_zero", "float64", "cross-entropy with zero there", unit="nats per token"),
+    Column("ce_ablated_mean", "float64", "cross-entropy with the held-out mean there", unit="nats per token"),
+    Column("ce_recovered_zero", "float64", "harm of zero that predictions undo", unit="1", better="higher"),
+    Column("ce_recovered_mean", "float64", "harm of the mean that predictions undo", unit="1", better="higher"),
+    Column("kl", "float64", "KL of next tokens with predictions from without", unit="nats per token", better="lower"),
+    Column("n_causal_tokens", "int64", "tokens these are taken over; null if none were asked for", unit="tokens"),
+)
+CAUSAL_METRICS = tuple(column.name for column in CAUSAL)
+"""Metrics for which the language model runs with predictions in it; all null where `n_causal_rows` is 0."""
 
 METRICS = (
     Column(
@@ -150,6 +165,7 @@ METRICS = (
         better="lower",
     ),
     Column("n_evaluated_tokens", "int64", "held-out tokens the metrics are taken over", unit="tokens"),
+    *CAUSAL,
 )
 
 RUNS = (
@@ -189,13 +205,7 @@ RUNS = (
     Column("heldout_hash", "string", "sha256 of its held-out rows"),
     Column("model_hash", "string", "sha256 of the language model's weights"),
     Column("config", "string", "the whole cell as JSON"),
-    Column(
-        "n_language_model_tokens",
-        "int64",
-        "tokens that went through the language model for the whole gang",
-        True,
-        unit="tokens",
-    ),
+    Column("n_language_model_tokens", "int64", "tokens run for activations of the whole gang", True, unit="tokens"),
     Column("gang_size", "int64", "cells that trained on the same pass", True, unit="cells"),
     Column("attempts", "int64", "runs it took to finish the cell", True, unit="runs"),
     Column("seconds", "float64", "wall time of the last attempt, shared by the gang", True, unit="seconds"),
@@ -236,6 +246,16 @@ LATENTS = (
     Column("batches_since_fired", "int64", "training batches since it last fired", unit="batches"),
 )
 
+CAUSAL_SEQUENCES = (
+    Column("n_causal_tokens", "int64", "tokens of the row in the sums below; null if it was not run", unit="tokens"),
+    Column("sum_ce_clean", "float64", "cross-entropy of the language model as it is", unit="nats"),
+    Column("sum_ce_spliced", "float64", "cross-entropy with predictions spliced in", unit="nats"),
+    Column("sum_ce_ablated_zero", "float64", "cross-entropy with zero there", unit="nats"),
+    Column("sum_ce_ablated_mean", "float64", "cross-entropy with the held-out mean there", unit="nats"),
+    Column("sum_kl", "float64", "KL divergence with predictions from without", unit="nats"),
+)
+CAUSAL_COLUMNS = tuple(column.name for column in CAUSAL_SEQUENCES)
+
 SEQUENCES = (
     CELL_ID,
     Column("sequence", "int64", "held-out row", unit="1"),
@@ -249,6 +269,7 @@ SEQUENCES = (
     ),
     Column("sum_l0", "float64", "active latents, summed over tokens", unit="latents"),
     Column("sum_cosine", "float64", "cosine of prediction and target, summed over tokens", unit="1"),
+    *CAUSAL_SEQUENCES,
 )
 
 CONTEXTS = (

@@ -14,6 +14,7 @@ import torch
 
 from sweep.activations import Batch
 from sweep.blocks import CachedBlocks, HarvestedBlocks, from_model, with_cache
+from sweep.causal import CausalRows
 from sweep.config import Cell, Site
 from sweep.errors import ConfigError, TooShort
 from sweep.evaluate import evaluate
@@ -31,6 +32,10 @@ from sweep.tokens import ROWS_PER_BLOCK, TokenFile, only_heldout, prepare_tokens
 __all__ = ["Scored", "score", "text", "write"]
 
 
+CAUSAL_ROWS = 8
+"""Rows that the language model runs on with predictions in it, where no row of a sweep tells how many."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """Metrics of a transcoder, and of another one on the same rows; `facts` say on what."""
@@ -42,9 +47,17 @@ class Scored:
 
 
 def score(
-    saved: Saved, against: Saved | None, n_rows: int | None, cache: CacheFolder, device: str, report: Report
+    saved: Saved,
+    against: Saved | None,
+    n_rows: int | None,
+    cache: CacheFolder,
+    device: str,
+    report: Report,
+    n_causal_rows: int | None = None,
 ) -> Scored:
     """Score `saved` on its first `n_rows` held-out rows (None: exactly those of its sweep), `against` on the same.
+
+    The language model runs with predictions in it on the first `n_causal_rows` of them (None: as many as in its sweep).
 
     Side effects: on a CPU, rows that were scored before are scored with as many threads as then, because sums of
     floats depend on it.
@@ -63,14 +76,19 @@ def score(
     predictors = {name: (each.cell.site, each.load(device)) for name, each in both.items()}
     n_own = row_counts(saved.cell.data)["heldout"]
     n_rows = n_rows or n_own
-    before = row_before(saved) if n_rows == n_own else None
+    before = row_before(saved)
+    if n_causal_rows is None:
+        n_causal_rows = causal_rows_of(before, saved.cell)
+    if n_rows != n_own:
+        before = None
     if before is not None and device == before["device"] == "cpu":
         torch.set_num_threads(before["n_threads"])
 
-    rows = Rows(saved.cell, n_rows, cache, device, report)
     sites = list(dict.fromkeys(site for site, _ in predictors.values()))
+    rows = Rows(saved.cell, sites, n_rows, cache, device, report)
     n_blocks = -(-n_rows // ROWS_PER_BLOCK)
-    scores = evaluate(predictors, rows.blocks(sites), rows.seq_tokens, report, n_blocks)
+    causal = rows.causal(n_causal_rows)
+    scores = evaluate(predictors, rows.blocks(), rows.seq_tokens, report, n_blocks, causal=causal)
     metrics = scores["checkpoint"].metrics
     facts = {
         **saved.facts(),
@@ -91,13 +109,18 @@ def model_of(cell: Cell) -> tuple[str, str]:
 class Rows:
     """The first `n_rows` held-out rows of a cell, as activations."""
 
-    def __init__(self, cell: Cell, n_rows: int, cache: CacheFolder, device: str, report: Report) -> None:
+    def __init__(
+        self, cell: Cell, sites: list[Site], n_rows: int, cache: CacheFolder, device: str, report: Report
+    ) -> None:
         self.seq_tokens = cell.data.seq_len - 1
-        self._cell, self._n_rows, self._cache, self._device, self._report = cell, n_rows, cache, device, report
+        self._cell, self._sites, self._n_rows, self._cache, self._report = cell, sites, n_rows, cache, report
+        self._device = device
         self._folder = ensure_model_folder(cell.model, cache, report)
         self._tokens = self._prepare()
         self.heldout_hash = self._tokens.heldout_hash
         self.model_hash = weights_hash(self._folder)
+        self._harvested = from_model(cell.stream, self._folder, self._tokens, device, report, check=sites)
+        self._harvested.n_expected = n_rows * cell.data.seq_len
 
     def _prepare(self) -> TokenFile:
         """The sweep's own token file where it is there and long enough, else one of held-out rows alone."""
@@ -114,22 +137,29 @@ class Rows:
                 "are held out; ask for fewer with --batches and --batch_size"
             ) from error
 
-    def blocks(self, sites: list[Site]) -> Iterator[Batch]:
+    def blocks(self) -> Iterator[Batch]:
         """Blocks of whole rows, the last one cut where the rows end."""
-        blocks, n_left = self._source(sites), self._n_rows
+        blocks, n_left = self._source(), self._n_rows
         for number in range(-(-self._n_rows // ROWS_PER_BLOCK)):
-            (batch,) = blocks.read("heldout", [number], sites)
+            (batch,) = blocks.read("heldout", [number], self._sites)
             n_tokens = min(n_left, ROWS_PER_BLOCK) * self.seq_tokens
             n_left -= ROWS_PER_BLOCK
             yield {site: Activations(a.source[:n_tokens], a.target[:n_tokens]) for site, a in batch.items()}
 
-    def _source(self, sites: list[Site]) -> CachedBlocks | HarvestedBlocks:
-        config = self._cell.stream
-        harvested = from_model(config, self._folder, self._tokens, self._device, self._report, check=sites)
-        harvested.n_expected = self._n_rows * config.data.seq_len
+    def causal(self, n_rows: int) -> CausalRows | None:
+        """The first of the rows, for the language model with predictions in it; None where none are asked for."""
+        if n_rows == 0:
+            return None
+        rows = self._tokens.heldout[: min(n_rows, self._n_rows)]
+        return CausalRows(self._harvested.language_model(), torch.from_numpy(rows.astype("int64")))
+
+    def _source(self) -> CachedBlocks | HarvestedBlocks:
         if not len(self._tokens.train):  # rows that no sweep reads need no place in its cache
-            return harvested
-        return with_cache(harvested, config, sites, self.model_hash, self._device, self._cache, float("inf"))
+            return self._harvested
+        stream = self._cell.stream
+        return with_cache(
+            self._harvested, stream, self._sites, self.model_hash, self._device, self._cache, float("inf")
+        )
 
 
 def row_before(saved: Saved) -> dict[str, Any] | None:
@@ -144,6 +174,13 @@ def row_before(saved: Saved) -> dict[str, Any] | None:
         return None
 
 
+def causal_rows_of(before: Mapping[str, Any] | None, cell: Cell) -> int:
+    """On how many rows the sweep ran the language model with predictions in it."""
+    if before is None:
+        return CAUSAL_ROWS
+    return int(before.get("n_causal_tokens") or 0) // max(cell.data.seq_len - 2, 1)
+
+
 def remark(metrics: Metrics, facts: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     """What to say about the row the sweep committed, when the same rows were scored."""
     if before is None:
@@ -151,7 +188,7 @@ def remark(metrics: Metrics, facts: Mapping[str, Any], before: Mapping[str, Any]
     for key, what in (("heldout_hash", "text"), ("model_hash", "weights of the language model")):
         if before[key] != facts[key]:
             return f"not comparable with the row in runs/: the {what} changed since ({key})"
-    differ = [name for name, value in metrics.items() if before[name] != value]
+    differ = [name for name, value in metrics.items() if before.get(name) != value]
     if not differ:
         return "the same numbers as the row in runs/, to the last digit"
     return (

@@ -7,10 +7,14 @@ __all__ = ["SCALES", "Metrics", "Scale", "summary", "target", "verdict"]
 
 Metrics = Mapping[str, float | int | None]
 
+CAUSAL = ("ce_clean", "ce_spliced", "ce_recovered_zero", "ce_recovered_mean", "kl")
+"""Shown where the language model ran with predictions in it."""
+
 SHOWN = (
     "fvu",
     "fvu_per_dimension",
     "cosine",
+    *CAUSAL,
     "l0",
     "l0_median",
     "dead_fraction",
@@ -61,11 +65,12 @@ def verdict(metric: str, value: float | int | None) -> str:
 def summary(metrics: Metrics, against: Metrics | None = None) -> str:
     """Metric, value, target and verdict, one line each; with `against`, also its value and the change from it.
 
-    Undefined values are shown as n/a.
+    Undefined values are shown as n/a; what nobody asked for is not shown.
     """
     titles = ("metric", "value", "target", "verdict", *(("against", "change") if against is not None else ()))
     lines = [titles]
-    for name in SHOWN:
+    causal = metrics.get("n_causal_tokens") is not None
+    for name in (name for name in SHOWN if causal or name not in CAUSAL):
         value = metrics[name]
         line = (name, shown(value), target(name), verdict(name, value))
         lines.append(line if against is None else (*line, shown(against[name]), change(value, against[name])))

@@ -34,6 +34,7 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "checkpoint_steps": 10,
         "keep_checkpoints": True,
         "n_contexts": 0,
+        "n_causal_rows": 0,
         "device": "cpu",
         **NO_BASELINES,
         "hang_minutes": 0.0,

@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
         "sweep.saved",
         "sweep.foreign",
     },
-    {"sweep.step.step"},
+    {"sweep.step.step", "sweep.causal"},
     {"sweep.train", "sweep.evaluate"},
     {"sweep.gang"},
     {"sweep.commit"},

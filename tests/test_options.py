@@ -218,6 +218,7 @@ def test_a_bad_workflow_value_is_named(overrides: dict[str, Any], message: str) 
         fixed = {
             "keep_checkpoints": False,
             "n_contexts": 0,
+            "n_causal_rows": 0,
             "device": "cpu",
             "wait": True,
             "hang_minutes": 0.0,

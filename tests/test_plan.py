@@ -17,7 +17,7 @@ from sweep.status import Status
 
 WORKFLOW: dict[str, Any] = {
     "results_dir": "out", "cache_dir": "out/cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10,
-    "keep_checkpoints": False, "n_contexts": 0, "device": "cpu",
+    "keep_checkpoints": False, "n_contexts": 0, "n_causal_rows": 0, "device": "cpu",
     "hang_minutes": 0.0, "retry": "all", "wait": True, **NO_BASELINES,
 }  # fmt: skip
 

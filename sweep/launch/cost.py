@@ -55,6 +55,10 @@ class Beside:
     dict_size: int
 
 
+ABLATIONS = ("zero", "mean")
+"""What the language model is also run with in the place of a prediction, once for every hook."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where a gang runs and what is there already."""
@@ -62,6 +66,7 @@ class Setting:
     cached: Cached
     processor: Processor
     cache_gib: float
+    n_causal_rows: int = 0
     beside: Sequence[Beside] = ()
 
 
@@ -125,8 +130,9 @@ def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
         keeps=keeps,
         language_model_flops=2.0 * model.n_body_params * depth * harvested,
         training_flops=sum(map(training_flops, gang)),
-        evaluation_flops=sum(scoring_flops(width, stream) for width in widths),
-        memory_bytes=memory(gang, beside, len(sites) + len(others), setting.processor, harvested > 0, to_convert),
+        evaluation_flops=sum(scoring_flops(width, stream) for width in widths)
+        + splicing_flops(gang, len(beside), setting.n_causal_rows),
+        memory_bytes=memory(gang, beside, len(sites) + len(others), setting, harvested > 0, to_convert),
         disk_bytes=(kept_bytes * harvested / max(harvested + cached, 1) if keeps else 0)
         + 4.0 * parameters * (1 + 2 * 3)  # the transcoder, and two checkpoints of weights and moments
         + (4.0 * n_params(model) if to_convert else 0),
@@ -156,22 +162,22 @@ def memory(
     gang: Sequence[Cell],
     beside: Sequence[Beside],
     n_sites: int,
-    processor: Processor,
+    setting: Setting,
     harvests: bool,
     to_convert: bool,
 ) -> float:
     """Bytes that a job takes where its cells live: on the GPU it has, else in main memory.
 
     What counts once per job, whatever the number of cells: the process, the language model unless all activations are
-    in the cache, a window of activations with its copy.
+    in the cache and no prediction is put into it, a window of activations with its copy.
     """
-    stream = gang[0].stream
+    stream, processor = gang[0].stream, setting.processor
     model = stream.model
     window = 2 * BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * row_bytes(model, stream.data) * n_sites
     cells = 4.0 * sum(4 * cell.n_train_params for cell in gang)  # weights, two moments, the folded copy at the end
     baselines = 4.0 * sum(one.dict_size * (model.d_in + model.d_out) for one in beside)
     training = PROCESS_BYTES + window + cells + baselines + max(step_bytes(cell, processor) for cell in gang)
-    if harvests:
+    if harvests or setting.n_causal_rows:
         training += language_model_bytes(stream)
     converting = PROCESS_BYTES + 2 * 4.0 * n_params(model) if to_convert else 0.0
     return training if processor.gpu else max(training, converting)
@@ -209,6 +215,17 @@ def scoring_flops(dict_size: int, stream: StreamConfig) -> float:
     model, rows = stream.model, row_counts(stream.data)
     n_tokens = (rows["calibration"] + rows["heldout"]) * (stream.data.seq_len - 1)
     return 2.0 * dict_size * ((model.d_in + model.d_out) * n_tokens + dict_size * model.d_out / 6)
+
+
+def splicing_flops(gang: Sequence[Cell], n_baselines: int, n_rows: int) -> float:
+    """Of running the language model with each prediction in it: a whole pass, and for every other the layers above."""
+    model = gang[0].model
+    hooks = {cell.site.hook_names[1]: cell.site.layer for cell in gang}
+    layers = [0, *(layer for layer in hooks.values() for _ in ABLATIONS), *(cell.site.layer for cell in gang)]
+    layers += [min(hooks.values())] * n_baselines
+    unembedding = LARGEST_VOCABULARY * model.d_in
+    params = sum(unembedding + model.n_body_params * (1 - layer / model.n_layers) for layer in layers)
+    return 2.0 * params * n_rows * gang[0].data.seq_len
 
 
 def machine_flops() -> float:

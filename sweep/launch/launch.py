@@ -103,6 +103,7 @@ def setting_of(plan: Plan, slots: Sequence[Slot], options: LocalOptions | SlurmO
         cached=Cached.look(CacheFolder(Path(workflow.cache_dir))),
         processor=Processor(gpu, slots[0].n_threads),
         cache_gib=workflow.cache_gib,
+        n_causal_rows=workflow.n_causal_rows,
         beside=baselines_of(workflow, [planned.cell for planned in plan.cells if planned.runs]),
     )
 
