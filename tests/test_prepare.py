@@ -25,7 +25,7 @@ def grid(tmp_path: Path) -> tuple[str, ...]:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".used"))
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
