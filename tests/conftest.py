@@ -4,6 +4,7 @@ The tiny language model is made once a session and is never changed: tests only 
 """
 
 import os
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sweep.paths import CacheFolder
 from sweep.progress import silent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sweep.language_model import LanguageModel
@@ -26,6 +28,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
 hypothesis.settings.register_profile("sweep", deadline=None)  # no test fails for being slow
 hypothesis.settings.load_profile("sweep")
+
+
+@pytest.fixture
+def ram(tmp_path: "Path") -> "Iterator[Path]":
+    """A folder in memory where the system offers one, for tests that sync and remove thousands of files."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="sweep-tests.", dir="/dev/shm") as folder:
+        yield type(tmp_path)(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,14 @@
 
     python -m tests.faults kill --n 200
     python -m tests.faults preempt --cells 8 --times 8
+    python -m tests.faults operations
 
 Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
 """
 
+import contextlib
+import json
+import os
 import random
 import shutil
 import signal
@@ -23,12 +27,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import typer
+from disk import FAULTS, Death, Fault, faulty
 from gangs import make_workflow, run_cells, same_bytes
+from make import make_cell
 from sweeps import Ended, Sweeper, sweep_command
 
 from sweep.config import Cell, cell_from_json
+from sweep.errors import ResultsError
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import seal_holds
+from sweep.revisions import sha256_of_file
 from sweep.transcoder import load_transcoder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -79,7 +87,7 @@ def run_command(sweeper: Sweeper, root: Path, folder: Path, grid: Sequence[int],
 def run_job(cells: list[Cell], root: Path, folder: Path) -> None:
     """What the process of a job does, on models and tokens that are there already."""
     cache = CacheFolder(root / "reference" / "cache")
-    run_cells(cells, make_workflow(folder, cache, checkpoint_steps=5, cache_gib=0.0))
+    run_cells(cells, make_workflow(folder, cache, checkpoint_steps=5, cache_gib=0.0, n_causal_rows=8))
 
 
 @contextmanager
@@ -208,6 +216,72 @@ def preempt_at_random(root: Path, sweeper: Sweeper, n_cells: int, times: int, st
     for cell in cells_of(reference):
         same_bytes(reference, results, cell)
     return Took(alone.seconds, sum(each.seconds for each in starts), sum(each.start_up for each in starts[1:]))
+
+
+@app.command()
+def operations(every: int = 1, first: int = 0) -> None:
+    """Let each file operation of a gang fail, or be the last before a death; then the same again, unbroken.
+
+    `every` takes one in so many of them, from `first` on.
+    """
+    with small_gang() as gang:
+        n = gang.n_operations
+        typer.echo(f"unbroken: {n} operations of {len(gang.cells)} cells")
+        breaks = [(at, fault) for at in range(first, n, every) for fault in FAULTS]
+        outcomes = Counter(gang.broken(at, fault) for at, fault in breaks)
+        typer.echo(f"{len(breaks)} broken operations, all cells byte-identical in the end; {outcomes.most_common()}")
+
+
+@dataclass
+class SmallGang:
+    """Two cells with two checkpoints each, and what they leave when nothing is done to them."""
+
+    root: Path
+    cache: CacheFolder
+    reference: ResultsFolder
+    n_operations: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.reference)
+
+    def broken(self, at: int, fault: Fault) -> str:
+        """Break one operation of a gang, run the gang again, and compare. How far the broken one came.
+
+        Heartbeats come by the clock, so a gang may end before an operation that another one had.
+        """
+        folder = self.root / "broken"
+        with faulty(folder, at, fault) as disk, contextlib.suppress(OSError, ResultsError, Death):
+            self.run(folder)
+        n_done = check_visible(folder, self.reference)
+        check_checkpoints(folder)
+        run = self.run(folder)
+        assert check_visible(folder, self.reference) == len(self.cells), (at, fault, disk.done[at])
+        assert not [path for path in run.root.rglob(".*") if path.suffix in (".tmp", ".old")], (at, fault)
+        shutil.rmtree(folder)
+        return f"{n_done} cells done before" if disk.hit else "not reached"
+
+    def run(self, folder: Path) -> ResultsFolder:
+        return run_cells(self.cells, make_workflow(folder, self.cache, checkpoint_steps=2))
+
+
+@contextmanager
+def small_gang(root: Path | None = None, cache: CacheFolder | None = None) -> Iterator[SmallGang]:
+    """A gang to break operations of, best in memory: it writes and syncs the same few files over and over."""
+    root = root or Path(tempfile.mkdtemp(prefix="faults.", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    cache = cache or CacheFolder(root / "cache")
+    cells = [make_cell(steps=4, seed=seed) for seed in (0, 1)]
+    with faulty(root / "reference", None) as disk:
+        reference = run_cells(cells, make_workflow(root / "reference", cache, checkpoint_steps=2))
+    yield SmallGang(root, cache, reference, len(disk.done))
+    shutil.rmtree(root)
+
+
+def check_checkpoints(found: Path) -> None:
+    """Assert that every checkpoint under its final name fits its manifest."""
+    for path in found.glob("cells/*/checkpoints/step_*/"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert {name: sha256_of_file(path / name) for name in manifest["sha256"]} == manifest["sha256"], path
 
 
 if __name__ == "__main__":

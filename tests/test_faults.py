@@ -1,10 +1,14 @@
 """What `python -m tests.faults` does at length, in small."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import Bench, bench, check_visible, kill_at_random, preempt_at_random
+from disk import FAULTS
+from faults import Bench, bench, check_visible, kill_at_random, preempt_at_random, small_gang
+
+from sweep.paths import CacheFolder
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,14 @@ def test_sweeps_killed_at_random_moments_end_in_the_same_bytes(each: Bench) -> N
 def test_a_sweep_preempted_at_random_moments_ends_in_the_same_bytes(each: Bench, tmp_path: Path) -> None:
     """The comparison is in the function: it stops at the first byte that differs."""
     preempt_at_random(tmp_path, each.sweeper, n_cells=2, times=2, steps=300, seed=3)
+
+
+def test_gangs_with_a_broken_operation_end_in_the_same_bytes(ram: Path, cache: CacheFolder) -> None:
+    draw = random.Random(2)
+    with small_gang(ram, cache) as gang:
+        assert gang.n_operations > 150
+        for fault in (*FAULTS, *FAULTS):
+            gang.broken(draw.randrange(gang.n_operations), fault)
 
 
 def test_the_check_sees_a_torn_file(each: Bench, tmp_path: Path) -> None:
