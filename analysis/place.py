@@ -28,17 +28,23 @@ class Measure:
     metric: str
     """The metric of `runs` whose order it decides."""
     words: str
-    loss: Callable[[float], float]
-    """The loss that a value of the metric is."""
+    loss_of: Callable[[Row], float]
+    """Of a row of `runs`; NaN where it has none."""
     sequence_loss: pl.Expr
-    """Of a row of `sequences`, not divided by what all transcoders have in common."""
-
-    def loss_of(self, row: Row) -> float:
-        """Of a row of `runs`; NaN where it has none."""
-        return self.loss(_number(row[self.metric]))
+    """Of a row of `sequences`, not divided by what all transcoders have in common; null where it was not run."""
 
 
-MEASURES = (Measure("fvu", "fvu", "FVU", lambda fvu: fvu, pl.col("sum_squared_error")),)
+MEASURES = (
+    Measure("fvu", "fvu", "FVU", lambda row: _number(row["fvu"]), pl.col("sum_squared_error")),
+    Measure(
+        "ce",
+        "ce_recovered_zero",
+        "cross-entropy added",
+        lambda row: _number(row["ce_spliced"]) - _number(row["ce_clean"]),
+        pl.col("sum_ce_spliced") - pl.col("sum_ce_clean"),
+    ),
+)
+"""The second is what (1 - ce_recovered) is proportional to: all rows of a group share the clean and ablated runs."""
 
 ENDS = ("ratio", "ratio_low", "ratio_high", "verdict", "frontier", "matched_l0", "extrapolated")
 PLACE_COLUMNS = tuple(f"{measure.name}_{end}" for measure in MEASURES for end in ENDS)
@@ -122,7 +128,8 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
     ids = {row["cell_id"]: row.get("cell_ids") or [row["cell_id"]] for row in rows}
     values = [value.cast(pl.Float64) for value in (measure.sequence_loss, pl.col("sum_l0"), pl.col("n_tokens"))]
     wanted = pl.col("cell_id").is_in([cell_id for seeds in ids.values() for cell_id in seeds])
-    frame = sequences.filter(wanted).sort("cell_id", "sequence").select("cell_id", *values)
+    frame = sequences.filter(wanted, measure.sequence_loss.is_not_null())
+    frame = frame.sort("cell_id", "sequence").select("cell_id", *values)
     parts = frame.partition_by("cell_id", as_dict=True, include_key=False)
     arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
     found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}

@@ -99,7 +99,8 @@ def _columns_and_rows(group: Group, top: int | None) -> tuple[list[str], list[li
     if _has_intervals(group):
         metrics.insert(metrics.index(group.by) + 1, "±")
     for standing in reversed(group.standings):
-        metrics[2:2] = [f"{standing.measure.name}_{end}" for end in PLACED]
+        ends = PLACED if standing in (group.ordered_by, group.standings[0]) else SHORT
+        metrics[2:2] = [f"{standing.measure.name}_{end}" for end in ends]
     kind = ["kind"] if group.baselines else []
     seeds = ["n_seeds"] if any(row["n_seeds"] > 1 for row in group.rows) else ["seed"]
     columns = ["rank", *kind, *ALWAYS, *metrics, *seeds, *group.varying, "cell_id"]
@@ -121,6 +122,8 @@ def _columns_and_rows(group: Group, top: int | None) -> tuple[list[str], list[li
 
 
 PLACED = ("ratio", "95%", "verdict", "frontier", "matched_l0")
+SHORT = ("ratio", "verdict")
+"""What is shown of a measure that does not order the rows."""
 
 
 def _placed(row: dict[str, Any], standing: Standing) -> dict[str, Any]:
