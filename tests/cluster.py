@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -66,6 +67,12 @@ class Cluster:
     def start_controller(self, *, forget: bool = False) -> None:
         self._spawn("slurmctld", "slurmctld", "-D", "-f", self.root / "slurm.conf", *(["-c"] if forget else []))
         wait_for(lambda: "UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+
+    def has_saved(self) -> bool:
+        """Whether Slurm would know after a crash that its jobs run: it writes its state at most every five seconds."""
+        submitted = self.run("squeue", "-h", "-o", "%V", check=False).split()
+        saved = (self.root / "state" / "job_state").stat().st_mtime
+        return bool(submitted) and saved >= max(datetime.fromisoformat(time).timestamp() for time in submitted) + 4
 
     def kill_controller(self) -> None:
         self._end("slurmctld", signal.SIGKILL)

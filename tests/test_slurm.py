@@ -294,6 +294,7 @@ def test_a_restarted_controller_is_waited_for(
     sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
     launcher = sweep.start()
     sweep.wait_for_training()
+    cluster.wait_until(cluster.has_saved, "Slurm to save its state")
     cluster.kill_controller()
     asked = sweep.ask("status")
     assert asked.returncode == 0
