@@ -25,6 +25,17 @@ app = typer.Typer(
 )
 
 
+def rows_asked(batches: int | None, batch_size: int | None) -> int | None:
+    """Held-out rows to score; None for those of the sweep.
+
+    Raises:
+        ConfigError: a batch size without a number of batches.
+    """
+    if batch_size is not None and batches is None:
+        raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
+    return None if batches is None else batches * (batch_size or 8)
+
+
 @app.command(name="evaluate")
 def evaluate_command(
     checkpoint: Annotated[
@@ -66,8 +77,7 @@ def evaluate_command(
         from sweep.options import device_problems
         from sweep.saved import check_output, open_saved
 
-        if batch_size is not None and batches is None:
-            raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
+        n_rows = rows_asked(batches, batch_size)
         if problems := list(device_problems(device)):
             raise ConfigError(*problems)
         saved = open_checkpoint(checkpoint, layer, overrides or ())
@@ -76,7 +86,6 @@ def evaluate_command(
             check_output(output_dir)
         cache = CacheFolder(cache_dir or saved.default_cache)
         check_cache(cache.root)
-        n_rows = None if batches is None else batches * (batch_size or 8)
         with console.progress() as report:
             report("start", 0, 0, "")
             from sweep.score import score, text, write
@@ -116,8 +125,7 @@ def compare_command(
         from sweep.options import L0_CHOICE, device_problems
         from sweep.saved import check_layer, check_output, open_saved
 
-        if batch_size is not None and batches is None:
-            raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
+        n_rows = rows_asked(batches, batch_size)
         if not re.fullmatch(L0_CHOICE, l0):
             raise ConfigError(f"--l0 {l0} is no L0; choose all, lowest, nearest:<number> or a number")
         if problems := list(device_problems(device)):
@@ -128,7 +136,6 @@ def compare_command(
             check_output(output_dir)
         cache = CacheFolder(cache_dir or saved.default_cache)
         check_cache(cache.root)
-        n_rows = None if batches is None else batches * (batch_size or 8)
         with console.progress() as report:
             report("start", 0, 0, "")
             from sweep.compare import compare, text, write

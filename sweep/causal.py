@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sweep.blocks import HarvestedBlocks
 from sweep.config import Site
 from sweep.language_model import Forward, LanguageModel
 from sweep.metrics import Metrics, pieces, ratio
@@ -55,6 +56,13 @@ class CausalRows:
 
     model: LanguageModel
     rows: Int[Tensor, "rows seq"]
+
+    @classmethod
+    def first(cls, n_rows: int, blocks: HarvestedBlocks) -> "CausalRows | None":
+        """The first held-out rows; None if none are asked for. The model is loaded now if no block needed it yet."""
+        if n_rows == 0:
+            return None
+        return cls(blocks.language_model(), torch.from_numpy(blocks.tokens.heldout[:n_rows].astype("int64")))
 
 
 @dataclass(frozen=True)

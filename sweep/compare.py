@@ -16,7 +16,7 @@ import numpy as np
 from analysis.frontier import Placement, Sums, frontier, place
 from sweep.baselines.family import choose, scan
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
-from sweep.baselines.header import check_config, check_shapes
+from sweep.baselines.header import check
 from sweep.config import Cell
 from sweep.errors import ConfigError
 from sweep.evaluate import Evaluation, evaluate
@@ -71,9 +71,7 @@ def compare(
     d_in, d_out = cell.model.d_in, cell.model.d_out
     entries = choose(scan(google_dir), cell.site.layer, width, l0, str(google_dir))
     for entry in entries:
-        check_shapes(entry, d_in, d_out)
-        if entry.params.suffix == ".safetensors":
-            check_config(entry, cell.site.layer)
+        check(entry, cell.site.layer, d_in, d_out)
     device = pick_device(device)
     baselines = [load_baseline(entry, cell.site.layer, d_in, d_out, device) for entry in entries]
     predictors = {OURS: (cell.site, saved.load(device))} | {b.name: (b.site, b.transcoder) for b in baselines}

@@ -220,16 +220,8 @@ def evaluate_all(
         action()
         return True
 
-    causal = causal_rows(place, workflow.n_causal_rows)
+    causal = CausalRows.first(workflow.n_causal_rows, place.harvested)
     evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, attempt, causal)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
     return evaluations
-
-
-def causal_rows(place: Workplace, n_rows: int) -> CausalRows | None:
-    """The first held-out rows and the language model, loaded now where all activations came from the cache."""
-    if n_rows == 0:
-        return None
-    rows = torch.from_numpy(place.tokens.heldout[:n_rows].astype("int64"))
-    return CausalRows(place.harvested.language_model(), rows)

@@ -148,10 +148,7 @@ class Rows:
 
     def causal(self, n_rows: int) -> CausalRows | None:
         """The first of the rows, for the language model with predictions in it; None where none are asked for."""
-        if n_rows == 0:
-            return None
-        rows = self._tokens.heldout[: min(n_rows, self._n_rows)]
-        return CausalRows(self._harvested.language_model(), torch.from_numpy(rows.astype("int64")))
+        return CausalRows.first(min(n_rows, self._n_rows), self._harvested)
 
     def _source(self) -> CachedBlocks | HarvestedBlocks:
         if not len(self._tokens.train):  # rows that no sweep reads need no place in its cache

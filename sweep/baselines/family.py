@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sweep.config import Site
 from sweep.errors import BaselineError
 from sweep.revisions import read_object
 
@@ -55,6 +56,15 @@ class Entry:
     def params(self) -> Path:
         """The file of its weights."""
         return next((path for name in PARAMS if (path := self.folder / name).is_file()), self.folder / PARAMS[0])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is of Gemma Scope, the first, and not of Gemma Scope 2."""
+        return self.params.suffix == ".npz"
+
+    def site(self, layer: int) -> Site:
+        """What it reads and predicts in the language model."""
+        return Site(layer, "norm_unit" if self.is_first else "norm_out", "mlp_out")
 
 
 def entry_of(folder: Path | str, l0: float | None = None) -> Entry:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sweep.baselines.family import Entry
-from sweep.baselines.header import NAMES, check_config, check_shapes
+from sweep.baselines.header import NAMES, check
 from sweep.baselines.npz import read_npz, why_not_whole
 from sweep.config import Site
 from sweep.errors import BaselineError
@@ -52,9 +52,7 @@ def load_baseline(entry: Entry, layer: int, d_in: int, d_out: int, device: str =
     Raises:
         BaselineError: it is missing, not whole, of another model or layer, or of a kind we do not know.
     """
-    shapes = check_shapes(entry, d_in, d_out)
-    first = entry.params.suffix == ".npz"
-    config = {} if first else check_config(entry, layer)
+    shapes, config = check(entry, layer, d_in, d_out)
     tensors = _read(entry.params, shapes)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise BaselineError(f"{entry.params} has weights that are not finite; download it again")
@@ -67,11 +65,11 @@ def load_baseline(entry: Entry, layer: int, d_in: int, d_out: int, device: str =
     )
     return Baseline(
         name=entry.name,
-        site=Site(layer, "norm_unit" if first else "norm_out", "mlp_out"),
+        site=entry.site(layer),
         transcoder=transcoder,
         l0=entry.l0,
         file_hash=sha256_of_file(entry.params),
-        trained_on="google/gemma-2-2b" if first else str(config.get("model_name", "")),
+        trained_on="google/gemma-2-2b" if entry.is_first else str(config.get("model_name", "")),
     )
 
 

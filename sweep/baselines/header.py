@@ -8,7 +8,7 @@ from sweep.baselines.family import CONFIG, READS, Entry, read_config
 from sweep.baselines.npz import npz_shapes, why_not_whole
 from sweep.errors import BaselineError
 
-__all__ = ["NAMES", "check_config", "check_shapes"]
+__all__ = ["NAMES", "check", "check_shapes"]
 
 NAMES = {
     "w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold",
@@ -45,7 +45,17 @@ def check_shapes(entry: Entry, d_in: int, d_out: int) -> dict[str, tuple[int, ..
     return {name: shape for name, shape in shapes.items() if name in expected}
 
 
-def check_config(entry: Entry, layer: int) -> dict[str, Any]:
+def check(entry: Entry, layer: int, d_in: int, d_out: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of the weights, and the config.json beside them; empty for Gemma Scope's first, which has none.
+
+    Raises:
+        BaselineError: either is missing, not whole, of another model, layer or kind.
+    """
+    shapes = check_shapes(entry, d_in, d_out)
+    return shapes, {} if entry.is_first else _check_config(entry, layer)
+
+
+def _check_config(entry: Entry, layer: int) -> dict[str, Any]:
     """The config.json beside Gemma Scope 2's weights, if it speaks of a transcoder of this layer's MLP.
 
     Raises:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sweep.baselines.family import choose, scan
-from sweep.baselines.header import check_config, check_shapes
+from sweep.baselines.header import check, check_shapes
 from sweep.baselines.hub import REPOSITORIES, download
-from sweep.config import Cell, Site
+from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
 from sweep.launch.cost import Beside
 from sweep.options import Workflow
@@ -49,9 +49,7 @@ def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) ->
         entries = scan(root)
         for layer in layers:
             for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
-                check_shapes(entry, model.d_in, model.d_out)
-                if entry.params.suffix == ".safetensors":
-                    check_config(entry, layer)
+                check(entry, layer, model.d_in, model.d_out)
     except BaselineError as error:
         raise BaselineError(f"baselines_dir={workflow.baselines_dir}: {error}") from error
     return replace(workflow, baselines_dir=str(root))
@@ -71,6 +69,5 @@ def baselines_of(workflow: Workflow, cells: Sequence[Cell]) -> list[Beside]:
     for layer, model in sorted(models.items()):
         for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
             (width,) = check_shapes(entry, model.d_in, model.d_out)["b_enc"]
-            hook_in = "norm_unit" if entry.params.suffix == ".npz" else "norm_out"
-            found.append(Beside(Site(layer, hook_in, "mlp_out"), width))
+            found.append(Beside(entry.site(layer), width))
     return found

@@ -3,7 +3,7 @@
 1. Encode in chunks of tokens, keep the active latents (`sweep.step.active`).
 2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
    reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more,
-   or are multiplied out where so few are dead that most of them take part.
+   or are multiplied out where so few are dead that a good share of them takes part.
 3. The loss gives the gradient of every row; running sums the other way give that of the groups.
 4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only.
 5. Sorted by latent, the same entries give both weight gradients as weighted sums of rows, a range of latents at a
