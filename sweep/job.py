@@ -35,7 +35,7 @@ from sweep.progress import Progress, Report
 from sweep.revisions import layers_in, weights_hash
 from sweep.state import TrainState
 from sweep.tokens import prepare_tokens, tokens_folder
-from sweep.train import Run, train
+from sweep.train import Run, SaveClock, train
 
 __all__ = ["run_gang"]
 
@@ -89,13 +89,15 @@ def interrupt(member: Member) -> None:
 def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> None:
     """The life of a gang from prepared text to committed rows."""
     place = prepare(gang, workflow, report, stack)
-    gang.attempt_all(lambda member: start(member, place, workflow))
+    clock = SaveClock(workflow.checkpoint_minutes)
+    gang.attempt_all(lambda member: start(member, place, workflow, clock))
     runs = {id(member.run): member for member in gang.members}
     train(
         [member.run for member in gang.members if member.run],
         place.stream,
         attempt=lambda run, action: gang.attempt(runs[id(run)], action),
         after_step=lambda step: report_training(gang, step, report),
+        save_due=clock.due,
     )
     if not gang.members:
         return
@@ -146,7 +148,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def start(member: Member, place: Workplace, workflow: Workflow) -> None:
+def start(member: Member, place: Workplace, workflow: Workflow, clock: SaveClock) -> None:
     """Give the member its run: resumed, or fresh from the first window of its own site."""
     cell = member.cell
     belongs_to = {"tokens_hash": place.tokens.hash, "model_hash": place.model_hash}
@@ -166,9 +168,10 @@ def start(member: Member, place: Workplace, workflow: Workflow) -> None:
 
     def save(state: TrainState) -> None:
         member.attempt.check()
-        checkpoint.save(state, member.folder, cell, belongs_to)
+        with clock.saving():
+            checkpoint.save(state, member.folder, cell, belongs_to)
 
-    member.run = Run(cell, begin(), save=save, back=back, checkpoint_steps=workflow.checkpoint_steps)
+    member.run = Run(cell, begin(), save if workflow.saves else None, back, workflow.checkpoint_steps)
     member.log.info("start at step %d of %d", member.run.state.step, cell.schedule.steps)
 
 

@@ -67,7 +67,10 @@ class Workflow:
     cache_dir: str = option("folder of models, tokens and activations; each can be rebuilt")
     cache_gib: float = option("largest activation cache; a stream that needs more is harvested anew each epoch")
     dry_run: bool = option("print the plan and its cost, and stop")
-    checkpoint_steps: int = option("steps between checkpoints; 0 keeps none")
+    checkpoint_steps: int = option("steps between checkpoints; 0 saves by minutes alone")
+    checkpoint_minutes: float = option(
+        "minutes between checkpoints, more where saving would take over a hundredth of the time; 0 saves by steps alone"
+    )
     keep_checkpoints: bool = option("keep the checkpoints of finished cells")
     n_contexts: int = option("contexts kept of each latent: the held-out tokens that excite it most; 0 keeps none")
     n_causal_rows: int = option(
@@ -87,12 +90,18 @@ class Workflow:
     )
     wait: bool = option("watch until the jobs are over; false submits and returns (hydra/launcher=slurm)")
 
+    @property
+    def saves(self) -> bool:
+        """Whether cells save while they train."""
+        return self.checkpoint_steps > 0 or self.checkpoint_minutes > 0
+
     def problems(self) -> Iterator[str]:
         yield from at_least(
             0,
             n_contexts=self.n_contexts,
             n_causal_rows=self.n_causal_rows,
             checkpoint_steps=self.checkpoint_steps,
+            checkpoint_minutes=self.checkpoint_minutes,
             cache_gib=self.cache_gib,
             hang_minutes=self.hang_minutes,
         )

@@ -6,9 +6,11 @@ and from where on the rate is lower is part of the state; so any earlier state l
 checkpoints happen to be there. The others of the gang wait for it.
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -23,12 +25,16 @@ from sweep.state import TrainState
 from sweep.status import SCORES
 from sweep.step.step import StepReport, train_step_
 
-__all__ = ["Attempt", "Run", "train"]
+__all__ = ["Attempt", "Run", "SaveClock", "train"]
 
 N_CURVE_POINTS = 200
 """Points on a training curve, whatever its length."""
 
 MAX_ROLLBACKS = 2
+
+SAVING_SHARE = 0.01
+"""A save by the clock waits until those before it took no more than this share of the time; with it they may take
+twice as much."""
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +47,12 @@ class Run:
     """One attempt at a cell: its state, and where it saves.
 
     `back` gives an earlier state, of the step it is asked for or before, and forgets the checkpoints after that step.
+    `checkpoint_steps` of 0 saves by the clock alone; without `save` nothing is ever saved.
     """
 
     cell: Cell
     state: TrainState
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState], None] | None
     back: Callable[[int], TrainState]
     checkpoint_steps: int
 
@@ -73,7 +80,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save the state, but never one that cannot be used: the next stage's end finds that out, or the next loss."""
-        if self.checkpoint_steps and self.usable:
+        if self.save is not None and self.usable:
             self.save(self.state)
 
     @property
@@ -120,6 +127,35 @@ class Run:
             self.state.curve.extend((step, metric, value) for metric, value in report.values().items())
 
 
+class SaveClock:
+    """When a gang saves by the clock: so many minutes after its last save, but never so often that it costs much.
+
+    `now` gives seconds, of any beginning.
+    """
+
+    def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = 60 * minutes
+        self._now = now
+        self._begun = self._last = now()
+        self._spent = 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to save; never, with 0 minutes."""
+        now = self._now()
+        rests = now - self._last >= self._seconds
+        return self._seconds > 0 and rests and self._spent <= SAVING_SHARE * (now - self._begun)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around every save, whatever it was due to."""
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self._last = self._now()
+            self._spent += self._last - begun
+
+
 def logs(step: int, schedule: Schedule) -> bool:
     """Whether a step is a point on the curve: evenly spaced, the last one always."""
     every = max(schedule.steps // N_CURVE_POINTS, 1)
@@ -131,10 +167,12 @@ def train(
     stream: ActivationStream,
     attempt: Attempt,
     after_step: Callable[[int], None],
+    save_due: Callable[[], bool] = lambda: False,
 ) -> None:
     """Bring every run to its last step, in lockstep; a run that is ahead waits for the others.
 
-    `after_step` is called with the number of finished steps once per step of the gang.
+    `after_step` is called with the number of finished steps once per step of the gang, and `save_due` then asked
+    whether all shall save.
     """
     gang = list(runs)
     while gang := [run for run in gang if not run.finished]:
@@ -146,5 +184,7 @@ def train(
                 if due and not attempt(run, partial(run.advance, batch[run.cell.site])):
                     gang.remove(run)
             after_step(step + 1)
+            if save_due():
+                gang = [run for run in gang if attempt(run, run.checkpoint)]
             if not gang or any(run.state.step <= step for run in gang):
                 break  # one went back: from there again

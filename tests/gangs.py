@@ -32,6 +32,7 @@ def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:
         "cache_gib": 1.0,
         "dry_run": False,
         "checkpoint_steps": 10,
+        "checkpoint_minutes": 0.0,
         "keep_checkpoints": True,
         "n_contexts": 0,
         "n_causal_rows": 0,

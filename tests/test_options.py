@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -205,6 +206,7 @@ def test_options_schema_holds_every_option_once() -> None:
     [
         ({"device": "tpu"}, "device=tpu is not a device"),
         ({"checkpoint_steps": -1}, "checkpoint_steps=-1 must be at least 0"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan must be at least 0"),
         ({"results_dir": ""}, "results_dir is empty"),
         *(
             ({"baselines_l0": l0}, "baselines_l0=.*is no L0; choose all, lowest")
@@ -216,6 +218,7 @@ def test_a_bad_workflow_value_is_named(overrides: dict[str, Any], message: str) 
     values = {"results_dir": "out", "cache_dir": "cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10}
     with pytest.raises(ConfigError, match=message):
         fixed = {
+            "checkpoint_minutes": 5.0,
             "keep_checkpoints": False,
             "n_contexts": 0,
             "n_causal_rows": 0,

@@ -16,9 +16,10 @@ from sweep.progress import silent
 from sweep.status import Status
 
 WORKFLOW: dict[str, Any] = {
-    "results_dir": "out", "cache_dir": "out/cache", "cache_gib": 1.0, "dry_run": False, "checkpoint_steps": 10,
-    "keep_checkpoints": False, "n_contexts": 0, "n_causal_rows": 0, "device": "cpu",
-    "hang_minutes": 0.0, "retry": "all", "wait": True, **NO_BASELINES,
+    "results_dir": "out", "cache_dir": "out/cache", "cache_gib": 1.0, "dry_run": False,
+    "checkpoint_steps": 10, "checkpoint_minutes": 0.0, "keep_checkpoints": False,
+    "n_contexts": 0, "n_causal_rows": 0, "device": "cpu", "hang_minutes": 0.0,
+    "retry": "all", "wait": True, **NO_BASELINES,
 }  # fmt: skip
 
 

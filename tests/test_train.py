@@ -12,11 +12,13 @@ import polars as pl
 import pytest
 import torch
 from gangs import make_workflow, run_cells, same_bytes
+from hypothesis import given
+from hypothesis import strategies as st
 from make import make_cell
 
 from sweep import checkpoint, train
 from sweep.errors import Interrupted
-from sweep.paths import CacheFolder, ResultsFolder
+from sweep.paths import CacheFolder, CellFolder, ResultsFolder
 from sweep.state import TrainState
 from sweep.status import read_status
 from sweep.step.step import StepReport, train_step_
@@ -89,6 +91,81 @@ def test_checkpoints_change_no_byte_of_it(
     results = run_cells([ONCE, TWICE], make_workflow(tmp_path, cache, checkpoint_steps=checkpoint_steps))
     for cell in (ONCE, TWICE):
         same_bytes(unbroken, results, cell)
+
+
+def test_saves_by_the_clock_change_no_byte_of_it(
+    unbroken: ResultsFolder, tmp_path: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVING_SHARE", 1e9)
+    saved: list[tuple[str, int]] = []
+
+    def save(state: TrainState, folder: CellFolder, *about: Any) -> None:
+        saved.append((folder.root.name, state.step))
+        checkpoint_save(state, folder, *about)
+
+    checkpoint_save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    workflow = make_workflow(tmp_path, cache, checkpoint_steps=0, checkpoint_minutes=1e-9)
+    results = run_cells([HEALTHY, TWICE], workflow)
+    for cell in (HEALTHY, TWICE):
+        same_bytes(unbroken, results, cell)
+        assert {step for name, step in saved if name == cell.cell_id} >= set(range(4, 41))
+
+
+@pytest.mark.parametrize("minutes", [0.0, 1e6])
+def test_without_a_save_due_only_the_last_step_is_saved(tmp_path: Path, cache: CacheFolder, minutes: float) -> None:
+    workflow = make_workflow(tmp_path, cache, checkpoint_steps=0, checkpoint_minutes=minutes)
+    folder = run_cells([HEALTHY], workflow).cell(HEALTHY.cell_id)
+    assert folder.checkpoint_steps() == ([40] if minutes else [])
+
+
+class Clock:
+    """A clock that goes only when told."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def saves_of(minutes: float, hours: float, save_seconds: float, step_seconds: float = 10.0) -> list[float]:
+    """Seconds from the start at which a clock has a training save that takes so long."""
+    now = Clock()
+    clock, begun, saves = train.SaveClock(minutes, now), now(), []
+    while now() - begun < 3600 * hours:
+        now.seconds += step_seconds
+        if clock.due():
+            saves.append(now() - begun)
+            with clock.saving():
+                now.seconds += save_seconds
+    return saves
+
+
+def test_the_clock_has_a_save_due_every_so_many_minutes() -> None:
+    assert saves_of(minutes=5, hours=0.5, save_seconds=0) == [300, 600, 900, 1200, 1500, 1800]
+    assert saves_of(minutes=0, hours=0.5, save_seconds=0) == []
+
+
+@given(minutes=st.floats(0.1, 60), save_seconds=st.floats(0, 600))
+def test_saves_by_the_clock_take_a_small_share_of_the_time(minutes: float, save_seconds: float) -> None:
+    saves = saves_of(minutes, hours=24, save_seconds=save_seconds)
+    for n, begin in enumerate(saves):
+        assert n * save_seconds <= train.SAVING_SHARE * begin * (1 + 1e-9)
+    seldom = max(60 * minutes, save_seconds / train.SAVING_SHARE)
+    assert len(saves) >= 24 * 3600 // (seldom + save_seconds + 10)
+
+
+def test_a_save_of_another_cause_puts_the_next_one_off() -> None:
+    now = Clock()
+    clock = train.SaveClock(1, now)
+    now.seconds += 59
+    with clock.saving():
+        pass
+    now.seconds += 59
+    assert not clock.due()
+    now.seconds += 1
+    assert clock.due()
 
 
 @pytest.mark.parametrize("after", [9, 14, 30])

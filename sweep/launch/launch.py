@@ -165,7 +165,7 @@ def execute(plan: Plan, jobs: Sequence[Job], slots: Sequence[Slot], results: Res
             with stopping() as stop:
                 run(queue, plan, results, stop)
         except (Interrupted, KeyboardInterrupt) as stop:
-            saved = isinstance(stop, Interrupted) and plan.workflow.checkpoint_steps
+            saved = isinstance(stop, Interrupted) and plan.workflow.saves
             what = "what was running is saved" if saved else "cells go on from their last checkpoint"
             console.problem(f"interrupted; {what}. To go on:\n    {command()}")
             return INTERRUPTED
