@@ -25,26 +25,36 @@ class Measure:
 
     name: str
     """Begins the names of its columns."""
-    metric: str
-    """The metric of `runs` whose order it decides."""
+    metrics: tuple[str, ...]
+    """The metrics of `runs` that it stands for: at equal L0 their order in a group is its own."""
     words: str
     loss_of: Callable[[Row], float]
     """Of a row of `runs`; NaN where it has none."""
     sequence_loss: pl.Expr
     """Of a row of `sequences`, not divided by what all transcoders have in common; null where it was not run."""
 
+    def losses_of(self, rows: Sequence[Row]) -> list[float]:
+        """Of the rows that have one."""
+        return [loss for row in rows if math.isfinite(loss := self.loss_of(row))]
+
 
 MEASURES = (
-    Measure("fvu", "fvu", "FVU", lambda row: _number(row["fvu"]), pl.col("sum_squared_error")),
+    Measure(
+        "fvu",
+        ("fvu", "fvu_scalar_variance", "mse"),
+        "FVU",
+        lambda row: _number(row["fvu"]),
+        pl.col("sum_squared_error"),
+    ),
     Measure(
         "ce",
-        "ce_recovered_zero",
+        ("ce_recovered_zero", "ce_recovered_mean", "ce_spliced"),
         "cross-entropy added",
         lambda row: _number(row["ce_spliced"]) - _number(row["ce_clean"]),
         pl.col("sum_ce_spliced") - pl.col("sum_ce_clean"),
     ),
 )
-"""The second is what (1 - ce_recovered) is proportional to: all rows of a group share the clean and ablated runs."""
+"""All rows of a group share the variance of the targets, and the clean and ablated runs."""
 
 ENDS = ("ratio", "ratio_low", "ratio_high", "verdict", "frontier", "matched_l0", "extrapolated")
 PLACE_COLUMNS = tuple(f"{measure.name}_{end}" for measure in MEASURES for end in ENDS)
@@ -66,6 +76,13 @@ class Standing:
     columns: dict[str, Row]
     """Values of PLACE_COLUMNS."""
     log_ratios: dict[str, Array]
+
+    def stands_for(self, metric: str) -> bool:
+        return metric in self.measure.metrics
+
+    def guesses(self, row: Row) -> bool:
+        """Whether the row's ratio rests on an extrapolation."""
+        return bool(row[f"{self.measure.name}_extrapolated"])
 
     def tied(self, one: str, other: str) -> bool | None:
         """Whether the sequences do not tell two rows apart, each at its own L0; None where nothing says."""

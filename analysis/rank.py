@@ -3,7 +3,8 @@
 1. Runs are grouped by language model, layer, target and held-out rows; across groups nothing compares.
 2. Runs that differ only in their seed become one row: the mean of each metric, and the 95% interval of that mean.
 3. Where the group has baselines, each row is placed against their frontier at its own L0, and rows are ordered by the
-   ratio of their FVU to it. Without them, and for other metrics, by the metric itself.
+   ratio of their FVU to it: first those at an L0 the frontier reaches, then those whose ratio is extrapolated. Without
+   baselines, and for metrics that no ratio stands for, by the metric itself.
 4. Rows that neither the held-out sequences nor the spread of the seeds tell from the first are ties.
 5. The Pareto front of L0 and FVU is marked.
 6. Options that are the same for the whole group are told apart from those that vary.
@@ -20,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.place import PLACE_COLUMNS, Standing, standings
+from analysis.place import MEASURES, PLACE_COLUMNS, Standing, standings
 from analysis.spread import Spread, pooled
 from sweep.baselines.published import Published, published_for
 from sweep.config import SLICES, Cell, frozen
@@ -69,6 +70,9 @@ TAIL = (*HISTORY, "fvu_comparable_at", "same_heldout_rows", "baseline", "citatio
 FIELDS = tuple(dict.fromkeys((*HEAD, *PLACE_COLUMNS, *METRIC_NAMES, *OPTIONS, *INTERVALS, *TAIL)))
 """Keys of a record, the same for every row and published baseline."""
 
+AT_EQUAL_L0 = (*(name for measure in MEASURES for name in measure.metrics), "fvu_per_dimension", "cosine", "kl")
+"""Metrics that more active latents improve: without a ratio their order means something at equal L0 only."""
+
 RELATIVE_TO = {"groups": "dict_size", "warmup_steps": "steps", "min_lr": "lr"}
 """Options that presets give as a fraction of another: they vary only where the fraction does."""
 
@@ -104,7 +108,7 @@ class Group:
 
         One baseline has no slope, and so no FVU at another L0.
         """
-        return next((s for s in self.standings if s.measure.metric == self.by and len(s.on_frontier) > 1), None)
+        return next((s for s in self.standings if s.stands_for(self.by) and len(s.on_frontier) > 1), None)
 
 
 def rank(runs: pl.DataFrame, by: str = "fvu", sequences: pl.DataFrame | None = None) -> list[Group]:
@@ -158,7 +162,8 @@ def _group(
         left_out=left_out,
         notes=[],
     )
-    _order(group, spreads[by])
+    order = group.ordered_by
+    _order(group, spreads[by] if order is None else pooled([order.measure.losses_of(cell) for cell in cells]))
     same, varying = _same_and_varying(rows)
     return replace(group, same=same, varying=varying, notes=list(_notes(group, varying, keys, spreads[by])))
 
@@ -167,11 +172,13 @@ def _order(group: Group, spread: Spread | None) -> None:
     """Sort the rows, and mark ranks, ties and Pareto fronts."""
     standing, rows = group.ordered_by, group.rows
     sign = -1 if RANKABLE[group.by] == "higher" else 1
-    ratio = f"{standing.measure.name}_ratio" if standing else ""
 
     def place(row: Row) -> tuple[float, ...]:
         raw = (sign * row[group.by], number(row["fvu"]), number(row["l0"]))
-        return (number(row[ratio]), *raw) if standing else raw
+        if standing is None:
+            return raw
+        ratio = row[f"{standing.measure.name}_ratio"]
+        return (ratio is None, standing.guesses(row), number(ratio), *raw)
 
     rows.sort(key=lambda row: (*place(row), row["cell_id"]))
     for part in (rows, group.measured):
@@ -181,7 +188,7 @@ def _order(group: Group, spread: Spread | None) -> None:
     for row in group.measured:
         row.update(rank=None, tie=None)
     for i, row in enumerate(rows, 1):
-        row |= {"rank": i, "tie": _ties(rows[0], row, ratio or group.by, spread, standing)}
+        row |= {"rank": i, "tie": _ties(rows[0], row, group.by, spread, standing)}
 
 
 def _not_ranked(row: Row, by: str) -> str | None:
@@ -233,6 +240,10 @@ def _ties(first: Row, row: Row, by: str, spread: Spread | None, standing: Standi
     """
     if row is first:
         return False
+    if standing:
+        if standing.guesses(first) or standing.guesses(row):
+            return None
+        by = f"{standing.measure.name}_ratio"
     said: list[bool] = []
     if standing and (tie := standing.tied(first["cell_id"], row["cell_id"])) is not None:
         said.append(tie)
@@ -324,9 +335,10 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
     if spread is None and len(group.rows) > 1:
         what = "which differences are chance" if group.ordered_by is None else "how much another seed would differ"
         yield f"one seed each: nothing here says {what}; seed=0,1,2 would"
-    if any(len(standing.on_frontier) == 1 for standing in group.standings):
-        order = f"rows stand in the order of {group.by} alone, which compares at equal L0 only"
-        yield f"one baseline is no frontier: {order}"
+    if group.standings and group.by in AT_EQUAL_L0 and not group.ordered_by:
+        lonely = any(len(standing.on_frontier) == 1 for standing in group.standings if standing.stands_for(group.by))
+        why = "one baseline is no frontier: " if lonely else ""
+        yield f"{why}rows stand in the order of {group.by} alone, which compares at equal L0 only"
     if any(not standing.n_sequences for standing in group.standings):
         yield "no sums per held-out sequence of the frontier (table sequences): ratios without intervals"
     if not key["heldout_hash"] or not key["model_hash"]:

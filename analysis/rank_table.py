@@ -26,8 +26,9 @@ RESAMPLED = (
     "95%: {n:,} held-out sequences drawn {draws:,} times, the same for cell and baselines; a tie where it holds 1"
 )
 OUTSIDE = (
-    "~ outside L0 {low} to {high}, where the baselines were measured: extrapolated. All that is known there is whether "
-    "a cell is sparser and better than the sparsest (dominates), or denser and worse than the densest (dominated)"
+    "{name}_ratio~: extrapolated, for the baselines were measured at L0 {reach}; {last}all that is known of them is "
+    "whether a cell is sparser and better than the sparsest (dominates), or denser and worse than the densest "
+    "(dominated)"
 )
 INTERVAL = "±: 95% interval of the mean over seeds; their spread is pooled over the cells of this group"
 EQUAL_L0 = (
@@ -68,8 +69,9 @@ def _legend(group: Group) -> Iterator[str]:
     for standing in group.standings:
         yield RATIO.format(name=standing.measure.name, words=standing.measure.words)
         if any(row[f"{standing.measure.name}_extrapolated"] for row in group.rows):
-            low, high = map(readable, standing.l0_range)
-            yield OUTSIDE.format(low=low, high=high)
+            reach = " to ".join(dict.fromkeys(map(readable, standing.l0_range)))
+            last = "such rows stand last, and " if standing is group.ordered_by else ""
+            yield OUTSIDE.format(name=standing.measure.name, reach=reach, last=last)
     if n := max((standing.n_sequences for standing in group.standings), default=0):
         yield RESAMPLED.format(n=n, draws=N_RESAMPLES)
     yield PARETO

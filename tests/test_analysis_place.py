@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from make import row_file, write_cell
 from test_analysis_cli import run
@@ -64,7 +65,7 @@ def test_cells_stand_in_the_order_of_their_ratio_not_of_their_fvu(results: Path)
     assert rows["even"]["fvu_ratio"] == pytest.approx(1)
     assert rows["beyond"]["fvu_ratio"] == pytest.approx(0.9 / (0.8 * 2**0.5))
     order = [row["cell_id"] for row in ranked(results).rows]
-    assert order == ["dominant", "beyond", "sparse", "even", "even2", "dense"]
+    assert order == ["sparse", "even", "even2", "dense", "dominant", "beyond"]
     verdicts = {name: row["fvu_verdict"] for name, row in rows.items()}
     assert verdicts == {
         "dense": "worse", "sparse": "better", "even": "tie", "even2": "tie", "beyond": "not comparable",
@@ -73,6 +74,15 @@ def test_cells_stand_in_the_order_of_their_ratio_not_of_their_fvu(results: Path)
     assert {name for name, row in rows.items() if row["fvu_extrapolated"]} == {"beyond", "dominant"}
     for name in ("even", "even2"):
         assert rows[name]["fvu_ratio_low"] < 1 < rows[name]["fvu_ratio_high"]
+
+
+def test_an_extrapolated_ratio_stands_last_and_ties_with_nothing(results: Path) -> None:
+    ties = {row["cell_id"]: row["tie"] for row in ranked(results).rows}
+    assert ties == {"sparse": False, "even": False, "even2": False, "dense": False, "dominant": None, "beyond": None}
+    for name in ("sparse", "even", "even2", "dense"):
+        for table in ("runs", "sequences"):
+            row_file(results, name, table).unlink()
+    assert [(row["cell_id"], row["tie"]) for row in ranked(results).rows] == [("dominant", False), ("beyond", None)]
 
 
 def test_the_frontier_has_no_beaten_baseline(results: Path) -> None:
@@ -130,17 +140,27 @@ def test_another_metric_orders_by_itself_and_still_places(results: Path) -> None
     assert all(row["fvu_ratio"] is not None for row in group.rows)
 
 
+@pytest.mark.parametrize("by", ["mse", "fvu_scalar_variance"])
+def test_squared_errors_by_any_name_are_compared_at_equal_l0(results: Path, by: str) -> None:
+    for name, (_, fvu) in (BASELINES | CELLS).items():
+        path = row_file(results, name)
+        pl.read_parquet(path).with_columns(pl.lit(7 * fvu).alias(by)).write_parquet(path)
+    assert [row["cell_id"] for row in ranked(results, by).rows] == [row["cell_id"] for row in ranked(results).rows]
+
+
+def test_a_metric_without_a_ratio_is_said_to_compare_at_equal_l0_only(results: Path) -> None:
+    for i, name in enumerate(BASELINES | CELLS):
+        path = row_file(results, name)
+        pl.read_parquet(path).with_columns(kl=pl.lit(i / 10)).write_parquet(path)
+    said = "rows stand in the order of kl alone, which compares at equal L0 only"
+    assert said in ranked(results, "kl").notes
+    assert not [note for note in ranked(results, "l0").notes if "alone" in note]
+
+
 def test_conditions_choose_cells_and_leave_the_frontier(results: Path) -> None:
     found = json.loads(run("rank", results, "--where", "dead_fraction < 0.5 and l0 < 50", "--json").stdout)
-    assert [record["cell_id"] for record in found] == [
-        "dominant",
-        "beyond",
-        "sparse",
-        "low",
-        "middle",
-        "beaten",
-        "high",
-    ]
+    assert [record["cell_id"] for record in found][:3] == ["sparse", "dominant", "beyond"]
+    assert [record["cell_id"] for record in found][3:] == ["low", "middle", "beaten", "high"]
     assert [record["kind"] for record in found] == ["cell"] * 3 + ["baseline"] * 4
     assert {tuple(record) for record in found} == {FIELDS}
     narrow = run("rank", results, "--frontier", "l0 > 20", "--json")
@@ -153,7 +173,7 @@ def test_the_text_says_what_its_marks_mean(results: Path) -> None:
     lines = {line.split()[-1]: line for line in text.splitlines() if line.strip()}
     assert "~" in lines["beyond"]
     assert "not comparable" in lines["beyond"]
-    assert "~ outside L0 8 to 128" in text
+    assert "fvu_ratio~: extrapolated, for the baselines were measured at L0 8 to 128; such rows stand last" in text
     assert f"{N} held-out sequences" in text
     assert lines["beaten"].split()[:2] == ["layer_1/beaten", "-"]
     assert lines["high"].split()[:2] == ["layer_1/high", "fvu"]

@@ -49,8 +49,7 @@ def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
     if n_runs == 1:
         yield "The only run of this group."
     else:
-        at = ", relative to the baselines' at its own L0," if group.ordered_by else ""
-        yield f"It has the lowest FVU{at} of {runs}."
+        yield f"It has the lowest {_order(group, best, cells)} of {runs}."
     if ties := [row for row in cells if row["tie"]]:
         shown = "; ".join(label(row, names) for row in ties[:3])
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
@@ -62,6 +61,18 @@ def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
         yield f"More active latents explain more. The best with fewer: {'; '.join(parts)}."
     for note in group.notes:
         yield note[0].upper() + note[1:] + "."
+
+
+def _order(group: Group, best: Row, cells: list[Row]) -> str:
+    """What the best is the lowest in."""
+    standing = group.ordered_by
+    if standing is None:
+        return "FVU"
+    if standing.guesses(best):
+        return "FVU relative to the baselines', all of which were measured at other L0s and are extrapolated,"
+    n_beyond = sum(standing.guesses(row) for row in cells)
+    beyond = f" ({n_beyond} at an L0 the baselines do not reach left aside)" if n_beyond else ""
+    return f"FVU, relative to the baselines' at its own L0{beyond},"
 
 
 def _best(group: Group) -> Row | None:
