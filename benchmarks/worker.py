@@ -99,25 +99,25 @@ def wait(device: str) -> None:
 
 
 class EncoderTime(TorchDispatchMode):
-    """Seconds in the products that make pre-latents: the first of a step whose results are tokens x dict_size, until
-    every token has had its own."""
+    """Seconds in the products that make pre-latents: the first of a step, by tokens or by latents, until there are
+    tokens x dict_size of them."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
         self.seconds = 0.0
-        self.n_tokens = 0
+        self.n_missing = case.batch * case.dict_size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.addmm) or self.n_tokens >= self.case.batch:
+        if func.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.addmm) or self.n_missing <= 0:
             return func(*args, **(kwargs or {}))
         wait(self.case.device)
         started = time.perf_counter()
         out = func(*args, **(kwargs or {}))
         wait(self.case.device)
-        if out.shape[1] == self.case.dict_size:
+        if out.shape[1] != self.case.d:  # no reconstruction
             self.seconds += time.perf_counter() - started
-            self.n_tokens += len(out)
+            self.n_missing -= out.numel()
         return out
 
 

@@ -1,6 +1,6 @@
 """The sparse step: time and memory go with the active latents, but for the encoder's product.
 
-1. Encode in chunks of tokens, keep the active latents (`sweep.step.active`).
+1. Encode in blocks of latents, keep the active latents (`sweep.step.active`).
 2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
    reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more,
    or are multiplied out where so few are dead that a good share of them takes part.
