@@ -55,7 +55,8 @@ def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[
 
 
 def forget_after(step: int, folder: CellFolder) -> None:
-    """Remove the checkpoints after a step, the newest first, each in one rename: a run that goes back made them."""
+    """Remove the checkpoints after a step, the newest first, each in one rename: a run that goes back made them, or
+    they are damaged and would count among the last two."""
     for later in reversed([found for found in folder.checkpoint_steps() if found > step]):
         remove_directory(folder.checkpoint(later))
 
@@ -68,7 +69,7 @@ def identity(cell: Cell, belongs_to: Mapping[str, str]) -> dict[str, Any]:
 def load_latest(folder: CellFolder, cell: Cell, belongs_to: Mapping[str, str], device: str) -> TrainState | None:
     """The newest whole checkpoint of this cell, or None when there is none at all.
 
-    A damaged one is named in the log and the one before it is used.
+    A damaged one is warned of by name and the one before it is used.
 
     Raises:
         CheckpointError: there are checkpoints but none is whole, or the newest whole one belongs to another cell,
@@ -82,7 +83,12 @@ def load_latest(folder: CellFolder, cell: Cell, belongs_to: Mapping[str, str], d
             return _load(path, cell, belongs_to, device)
         except _DamagedError as error:
             damaged.append(f"{path}: {error}")
-            log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+            log.warning(
+                "checkpoint %s is damaged (%s); going on from the one before",
+                path,
+                error,
+                extra={"cell_id": cell.cell_id},
+            )
     if damaged:
         raise CheckpointError(
             f"no checkpoint of cell {cell.cell_id} is whole; to start the cell again delete {folder.checkpoints}\n"

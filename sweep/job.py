@@ -159,6 +159,8 @@ def start(member: Member, place: Workplace, workflow: Workflow, clock: SaveClock
             window = place.stream.first_window()[cell.site]
             check_widths(window, cell.model)
             state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
+        else:
+            checkpoint.forget_after(state.step, member.folder)
         return state
 
     def back(step: int) -> TrainState:

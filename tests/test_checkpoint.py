@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the last two kept, damage found, strangers refused."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -63,32 +64,42 @@ def test_load_without_a_checkpoint_is_none(tmp_path: Path) -> None:
     assert load_latest(CellFolder(tmp_path), CELL, INPUTS, "cpu") is None
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_truncation_falls_back_to_the_one_before(
-    folder: CellFolder, name: str, share: float, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = folder.checkpoint(20) / name
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+NAMES = ("state.safetensors", "state.json", "manifest.json")
+
+
+def assert_found_damaged(folder: CellFolder, name: str, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Assert that with this content of one file the checkpoint of step 20 is named and that of step 10 is taken."""
+    (folder.checkpoint(20) / name).write_bytes(content)
+    caplog.clear()
     loaded = load_latest(folder, CELL, INPUTS, "cpu")
     assert loaded is not None
-    assert equal(loaded, make_state(10))
-    assert "step_00000020 is damaged" in caplog.text
+    assert loaded.step == 10
+    (record,) = caplog.records
+    assert f"{folder.checkpoint(20)} is damaged" in record.getMessage()
+    assert (record.levelname, record.__dict__["cell_id"]) == ("WARNING", CELL.cell_id)
 
 
-def test_a_flipped_bit_anywhere_is_found(folder: CellFolder) -> None:
-    for name in ("state.safetensors", "state.json"):
-        path = folder.checkpoint(20) / name
-        content = path.read_bytes()
-        for position in range(0, len(content), max(len(content) // 40, 1)):
-            flipped = bytearray(content)
-            flipped[position] ^= 1 << (position % 8)
-            path.write_bytes(flipped)
-            loaded = load_latest(folder, CELL, INPUTS, "cpu")
-            assert loaded is not None
-            assert loaded.step == 10
-        path.write_bytes(content)
+@pytest.mark.parametrize("name", NAMES)
+def test_truncation_at_every_hundredth_of_a_file_is_found(
+    folder: CellFolder, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = (folder.checkpoint(20) / name).read_bytes()
+    for percent in range(100):
+        assert_found_damaged(folder, name, content[: len(content) * percent // 100], caplog)
+
+
+def test_each_of_a_thousand_flipped_bits_is_found(folder: CellFolder, caplog: pytest.LogCaptureFixture) -> None:
+    draw = random.Random(0)
+    contents = {name: (folder.checkpoint(20) / name).read_bytes() for name in NAMES}
+    for number in range(1000):
+        name = NAMES[number % len(NAMES)]
+        flipped = bytearray(contents[name])
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        assert_found_damaged(folder, name, flipped, caplog)
+        (folder.checkpoint(20) / name).write_bytes(contents[name])
+    whole = load_latest(folder, CELL, INPUTS, "cpu")
+    assert whole is not None
+    assert equal(whole, make_state(20))
 
 
 def test_a_missing_file_falls_back(folder: CellFolder) -> None:

@@ -204,7 +204,7 @@ def test_a_stopped_process_resumes_to_the_same_bytes(
     command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("cells/*/checkpoints/step_*")) and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("cells/*/checkpoints/step_*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
@@ -216,8 +216,15 @@ def test_a_stopped_process_resumes_to_the_same_bytes(
     assert not list((tmp_path / "runs").iterdir())
     planned = run(*arguments, "dry_run=true")
     assert "1 resume" in planned.stdout
+    newest = max(tmp_path.glob("cells/*/checkpoints/step_*"))
+    if number == signal.SIGINT:
+        content = bytearray((newest / "state.safetensors").read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / "state.safetensors").write_bytes(content)
     resumed = run(*arguments)
     assert resumed.returncode == 0, resumed.stderr
+    warned = f"warning: checkpoint {newest} is damaged" in "".join(resumed.stdout.split("\n"))
+    assert warned == (number == signal.SIGINT)
     (config,) = tmp_path.glob("cells/*/config.json")
     same_bytes(unbroken, ResultsFolder(tmp_path), cell_from_json(config.read_text()))
 

@@ -114,6 +114,32 @@ def test_a_gang_of_cells_at_different_steps_ends_in_the_same_bytes(
         same_bytes(unbroken, results, cell)
 
 
+def test_damage_to_the_last_checkpoint_of_a_member_costs_steps_and_no_byte(
+    unbroken: ResultsFolder, tmp_path: Path, cache: CacheFolder
+) -> None:
+    workflow, cells = make_workflow(tmp_path, cache), gang_cells()[1::-1]
+    reached = 0
+
+    def report(phase: str, done: int, total: int, unit: str) -> None:
+        nonlocal reached
+        reached = done if phase == "train" else reached
+
+    with pytest.raises(Interrupted):
+        run_cells(cells, workflow, report, stop=lambda: reached >= 27)
+    results = ResultsFolder(tmp_path)
+    damaged = results.cell(cells[0].cell_id).checkpoint(27) / "state.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(Interrupted):  # it goes on from step 20, and what is damaged does not count among the last two
+        run_cells(cells, workflow, report, stop=lambda: reached == 21)
+    assert [results.cell(cell.cell_id).checkpoint_steps() for cell in cells] == [[20, 21], [20, 27]]
+    notes = [" ".join(read_status(results.cell(cell.cell_id)).notes) for cell in cells]
+    assert f"checkpoint {damaged.parent} is damaged" in notes[0]
+    assert "is damaged" not in notes[1]
+    run_cells(cells, workflow)
+    for cell in cells:
+        same_bytes(unbroken, results, cell)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
