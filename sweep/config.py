@@ -7,12 +7,15 @@ folders, duplicates, resume and skip-done all follow.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unicodedata import category
 
 __all__ = [
     "HOOKS",
@@ -30,6 +33,7 @@ __all__ = [
     "at_least",
     "cell_from_json",
     "frozen",
+    "not_text",
     "option",
 ]
 
@@ -43,6 +47,11 @@ HOOKS = {
     "mlp_out": "blocks.{layer}.hook_mlp_out",
 }
 """Hooks by meaning, and the TransformerLens activation each one is."""
+
+
+MAX_NAME = 100
+REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+"""What the hub takes as the name of a model or dataset: none that could be a path elsewhere."""
 
 
 def option(doc: str, *, unit: str = "", identity: bool = True) -> Any:
@@ -149,8 +158,12 @@ class Model:
     )
 
     def problems(self) -> Iterator[str]:
-        if Path(self.model).name != self.model:  # it names a folder in the cache
+        if Path(self.model).name != self.model or len(self.model) > MAX_NAME:  # it names a folder in the cache
             yield f"model={self.model} is not a plain name; a directory is given by model_path="
+        if not re.fullmatch(r"[\w.+-]{1,100}", self.model_revision):  # so does this
+            yield f"model_revision={self.model_revision} is no commit, hash or version; leave it to the preset"
+        if self.model_format == "hub" and not REPOSITORY.fullmatch(self.model_repo):
+            yield f"model_repo={self.model_repo} is not the name of a repository on the hub, such as google/gemma-2-2b"
         yield from at_least(1, n_layers=self.n_layers, d_in=self.d_in, d_out=self.d_out)
         yield from at_least(0, n_body_params=self.n_body_params)
 
@@ -220,6 +233,8 @@ class Data:
             n_heldout_tokens=self.n_heldout_tokens,
         )
         yield from at_least(0, data_seed=self.data_seed)
+        if self.dataset_format == "hub" and not REPOSITORY.fullmatch(self.dataset):
+            yield f"dataset={self.dataset} is not the name of a dataset on the hub, such as HuggingFaceFW/fineweb-edu"
 
 
 @dataclass(frozen=True)
@@ -277,6 +292,8 @@ class Cell:
         for key, value in self.flat().items():
             if isinstance(value, int) and abs(value) >= 2**63:
                 yield f"{key}={value} is too large; the largest number is {2**63 - 1}"
+            if isinstance(value, str):
+                yield from not_text(key, value)
         yield from at_least(0, seed=self.seed)
 
 
@@ -292,7 +309,13 @@ SLICES: dict[str, type] = {
 
 def is_full_hook_name(hook: str) -> bool:
     parts = hook.split(".")
-    return len(parts) > 2 and parts[0] == "blocks" and parts[1].isdigit()
+    return len(parts) > 2 and parts[0] == "blocks" and re.fullmatch("[0-9]{1,9}", parts[1]) is not None
+
+
+def not_text(key: str, value: str) -> Iterator[str]:
+    """A problem of text that neither a file name nor a terminal nor a file in UTF-8 takes."""
+    if any(category(character) in ("Cc", "Cs") for character in value):
+        yield f"{key}={value!a} holds control characters; spell it without"
 
 
 def at_least(bound: float, **values: float) -> Iterator[str]:
@@ -312,7 +335,28 @@ def as_json(cell: Cell) -> str:
 
 
 def cell_from_json(text: str) -> Cell:
-    """The cell that `as_json` wrote; nothing is resolved again."""
+    """The cell that `as_json` wrote; nothing is resolved again.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no JSON, lacks something or has something unknown, or a
+            value has another type than its option.
+    """
     stored = json.loads(text)
     slices = {name: kind(**{k: frozen(v) for k, v in stored[name].items()}) for name, kind in SLICES.items()}
-    return Cell(**slices, seed=stored["seed"])
+    cell = Cell(**slices, seed=stored["seed"])
+    for part in (*slices.values(), cell):
+        for name, hint in get_type_hints(type(part)).items():
+            if name not in SLICES and not is_of(value := getattr(part, name), hint):
+                raise TypeError(f"{name}={value!r} has another type than its option")
+    return cell
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an option. JSON knows one kind of number, so a whole one may be a float."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(is_of(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is UnionType:
+        return any(is_of(value, each) for each in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)

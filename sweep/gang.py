@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
-from sweep.config import Cell, Site, cell_from_json
-from sweep.errors import Superseded, SweepError
+from sweep.config import Cell, Site
+from sweep.errors import CheckpointError, Superseded, SweepError
 from sweep.evaluate import Evaluation
 from sweep.failures import kind
 from sweep.leftovers import tidy_cell
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
 from sweep.results import has_row
+from sweep.saved import read_cell
 from sweep.status import Status, read_status
 from sweep.train import Run
 from sweep.transcoder import Transcoder
@@ -122,18 +123,14 @@ class Gang:
         if isinstance(error, Superseded):
             member.log.info("left: %s", error)
             return
-        trace = "".join(traceback.format_exception(error))
-        member.log.info("failed: %s", error if isinstance(error, SweepError) else trace)
+        told = described(error)
+        member.log.info("failed: %s", error if isinstance(error, SweepError) else told["traceback"])
         try:
             member.set_status(
                 state=kind(error),
                 failures=member.status.failures + 1,
                 **({} if member.run is None else member.run.standing()),
-                error={
-                    "class": type(error).__name__,
-                    "message": str(error),
-                    "traceback": trace,
-                },
+                error=told,
             )
         except Superseded:
             pass
@@ -143,6 +140,12 @@ class Gang:
     def fail_all(self, error: Exception) -> None:
         for member in list(self.members):
             self.fail(member, error)
+
+
+def described(error: Exception) -> dict[str, str]:
+    """An error as a status holds it."""
+    trace = "".join(traceback.format_exception(error))
+    return {"class": type(error).__name__, "message": str(error), "traceback": trace}
 
 
 def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack) -> Iterator[Member]:
@@ -169,7 +172,14 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             wait_for_ghost(folder.lock, stack)
         stack.enter_context(logging_to(folder.log, cell_id))
         status = read_status(folder)
-        member = Member(cell_from_json(folder.config.read_text(encoding="utf-8")), folder, status, attempt)
+        try:
+            cell = read_cell(folder)
+        except CheckpointError as error:  # somebody changed the file after a launcher wrote it
+            log.error("cell %s is left out: %s", cell_id, error)
+            ended = {"state": "failed", "attempts": status.attempts + 1, "failures": status.failures + 1}
+            status.changed(**ended, error=described(error)).write(folder)
+            continue
+        member = Member(cell, folder, status, attempt)
         member.set_status(
             state="running",
             steps=member.cell.schedule.steps,

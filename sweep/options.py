@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, option
+from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, not_text, option
 from sweep.errors import ConfigError
 from sweep.revisions import data_facts, model_facts
 
@@ -108,6 +108,10 @@ class Workflow:
         yield from device_problems(self.device)
         if not re.fullmatch(L0_CHOICE, self.baselines_l0):
             yield f"baselines_l0={self.baselines_l0} is no L0; choose all, lowest, nearest:<number> or a number"
+        for key in ("results_dir", "cache_dir", "baselines_dir", "baselines_width"):
+            yield from not_text(key, getattr(self, key) or "")
+        if self.baselines_revision is not None and not re.fullmatch(r"[\w.-]{1,100}", self.baselines_revision):
+            yield f"baselines_revision={self.baselines_revision} is no commit"
         for key in ("results_dir", "cache_dir"):
             if not getattr(self, key):
                 yield f"{key} is empty; name a folder"
@@ -115,7 +119,7 @@ class Workflow:
 
 def device_problems(device: str) -> Iterator[str]:
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not re.fullmatch("[0-9]{1,4}", index))):
         yield f"device={device} is not a device; choose auto, cpu, cuda or cuda:<n>"
 
 

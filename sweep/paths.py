@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ class CellFolder:
         if not self.checkpoints.is_dir():
             return []
         names = (path.name for path in self.checkpoints.iterdir() if path.is_dir())
-        return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name))
 
 
 @dataclass(frozen=True)

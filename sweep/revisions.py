@@ -7,6 +7,8 @@ docstrings are the text. Everything here reads headers and hashes; nothing is lo
 import hashlib
 import importlib.metadata
 import json
+import math
+import operator
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -78,7 +80,7 @@ def _directory_facts(folder: Path, typed: str) -> dict[str, Any]:
         width = int(config.get("hidden_size") or config["n_embd"])
         n_layers = layers_in(folder)
         n_body_params = sum(_body_params(path) for path in weights)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"model_path={typed}: its config.json or weights cannot be read ({error})") from error
     digest = hashlib.sha256()
     for path in (config_file, *weights, *sorted(folder.glob("tokenizer*"))):
@@ -105,10 +107,7 @@ def _body_params(path: Path) -> int:
     total = 0
     for name, tensor in header.items():
         if name != "__metadata__" and ("layers." in name or ".h." in name):
-            n = 1
-            for extent in tensor["shape"]:
-                n *= int(extent)
-            total += n
+            total += math.prod(operator.index(extent) for extent in tensor["shape"])
     return total
 
 
@@ -186,11 +185,14 @@ def read_json(path: Path, max_bytes: int) -> Any:
     """Parse a JSON file after checking its size.
 
     Raises:
-        ValueError: larger than `max_bytes`, or not JSON.
+        ValueError: larger than `max_bytes`, not JSON, or nested too deeply.
     """
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path.name} is larger than {max_bytes} bytes")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -199,10 +201,7 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     Raises:
         ValueError: larger than `max_bytes`, not JSON, nested too deeply, or no object.
     """
-    try:
-        found = read_json(path, max_bytes)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    found = read_json(path, max_bytes)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     return found

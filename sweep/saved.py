@@ -105,7 +105,7 @@ WHAT_TO_NAME = "name the folder of a finished cell, results/cells/<cell_id>"
 
 
 def in_cell(folder: CellFolder) -> Saved:
-    cell = read_cell(folder)
+    cell = parse(folder.config, config_in(folder.root))
     belongs_to = config_in(folder.transcoder).get("cell_id")
     if belongs_to != cell.cell_id:
         raise CheckpointError(f"{folder.transcoder} is of cell {belongs_to}, but {folder.config} is {cell.cell_id}'s")
@@ -150,12 +150,15 @@ def check_output(folder: Path) -> None:
 
 
 def read_cell(folder: CellFolder) -> Cell:
-    """The cell whose folder it is.
+    """The cell whose folder in a results folder it is.
 
     Raises:
-        CheckpointError: its config cannot be read, or holds what no cell of this version may.
+        CheckpointError: its config cannot be read, holds what no cell of this version may, or is of another cell.
     """
-    return parse(folder.config, config_in(folder.root))
+    cell = parse(folder.config, config_in(folder.root))
+    if cell.cell_id != folder.root.name:
+        raise CheckpointError(f"{folder.config} is of cell {cell.cell_id}, not of the one its folder is named after")
+    return cell
 
 
 def parse(path: Path, value: Any) -> Cell:

@@ -1,6 +1,5 @@
 """What a cell's job says about itself: `status.json`, replaced atomically, the truth about a run."""
 
-import json
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -8,6 +7,7 @@ from typing import Any, Literal, get_args
 from sweep.failures import Failure
 from sweep.paths import CellFolder, write_json
 from sweep.progress import Snapshot
+from sweep.revisions import read_object
 
 __all__ = ["FAILED", "SCORES", "State", "Status", "read_status"]
 
@@ -73,9 +73,7 @@ class Status:
 def read_status(folder: CellFolder) -> Status:
     """The cell's status; a fresh one when there is none, or when it cannot be read."""
     try:
-        if folder.status.stat().st_size > MAX_BYTES:
-            return Status()
-        stored = json.loads(folder.status.read_text(encoding="utf-8"))
+        stored = read_object(folder.status, MAX_BYTES)
         known = {f.name: stored[f.name] for f in fields(Status) if f.name in stored}  # older versions had fewer
         status = Status(**known | {"progress": Snapshot(**known.get("progress", {}))})
         return status if status.is_sound() else Status()

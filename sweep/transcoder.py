@@ -8,7 +8,7 @@
 `Transcoder` is what inference reads, in the language model's own units: the scales are folded in.
 """
 
-import json
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from sweep.config import Capacity
 from sweep.errors import CheckpointError
 from sweep.paths import write_atomic, write_json
+from sweep.revisions import read_object
 
 __all__ = [
     "Parameters",
@@ -192,11 +193,12 @@ def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
         CheckpointError: missing, damaged, or not a transcoder of ours.
     """
     try:
-        if (folder / "config.json").stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{folder / 'config.json'} is too large to be a transcoder's config")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
         if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{folder} is not a transcoder of format {FORMAT} {FORMAT_VERSION}")
+        activation, top_k = config["activation"], operator.index(config["top_k"])
+        if activation not in ("top_k", "jump_relu") or top_k < 0:
+            raise CheckpointError(f"{folder}: activation {activation} with top_k={top_k} is not understood")
         expected = _expected_shapes(config)
         with safe_open(folder / "transcoder.safetensors", "pt", device=device) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -208,7 +210,7 @@ def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read as a transcoder: {error}") from error
     optional = {name: tensors.get(name) for name in ("threshold", "W_skip")}
-    return Transcoder(**tensors | optional, activation=config["activation"], top_k=config["top_k"])
+    return Transcoder(**tensors | optional, activation=activation, top_k=top_k)
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -9,8 +9,12 @@ import pytest
 from gangs import gang_cells, make_workflow, run_cells, same_bytes
 from make import make_cell
 
+from sweep.config import as_json
 from sweep.errors import Interrupted
+from sweep.job import run_gang
+from sweep.launch.launch import freeze
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.progress import silent
 from sweep.status import read_status
 from sweep.tokens import row_counts
 
@@ -290,3 +294,21 @@ def test_a_warning_stands_in_the_status_of_every_cell(cache: CacheFolder, tmp_pa
     for cell in cells:
         (note,) = read_status(results.cell(cell.cell_id)).notes
         assert "are not cached: more than cache_gib=0" in note
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"another cell"])
+def test_a_config_that_was_changed_costs_its_cell_alone(
+    unbroken: ResultsFolder, content: bytes, tmp_path: Path, cache: CacheFolder
+) -> None:
+    cells = gang_cells()[:2]
+    results = ResultsFolder(tmp_path)
+    results.create()
+    for cell in cells:
+        freeze(cell, results)
+    config = results.cell(cells[0].cell_id).config
+    config.write_bytes(as_json(make_cell(seed=7)).encode() if content == b"another cell" else content)
+    run_gang([cell.cell_id for cell in cells], make_workflow(tmp_path, cache), silent, lambda: False)
+    status = read_status(results.cell(cells[0].cell_id))
+    assert (status.state, status.attempts, status.failures) == ("failed", 1, 1)
+    assert str(config) in status.error["message"]
+    same_bytes(unbroken, results, cells[1])

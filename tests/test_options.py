@@ -4,14 +4,14 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from make import NO_BASELINES, make_cell, make_options
 
-from sweep.config import HOOKS, Cell, as_json, cell_from_json
+from sweep.config import HOOKS, Cell, as_json, cell_from_json, is_of
 from sweep.errors import ConfigError
 from sweep.options import Workflow, cell_from_options, option_fields, options_schema, workflow_from_options
 
@@ -111,6 +111,22 @@ def test_a_cell_survives_json(lr: float, fraction: float, steps: int, warmup: fl
 
 
 @pytest.mark.parametrize(
+    ("hint", "fits", "others"),
+    [
+        (int, 3, (3.0, True, "3", None)),
+        (float, 3, (True, "3", None, [3.0])),
+        (str, "a", (1, None, ["a"])),
+        (str | None, None, (1, ["a"])),
+        (tuple[int, ...], (1, 2), ([1, 2], (1, 2.0), (1, "2"), 1)),
+        (Literal["a", "b"], "a", ("c", None, ["a"], {})),
+    ],
+)
+def test_a_config_on_disk_holds_the_types_of_its_options(hint: Any, fits: Any, others: tuple[Any, ...]) -> None:
+    assert is_of(fits, hint)
+    assert not any(is_of(other, hint) for other in others)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"dict_size": 0, "groups": [1]}, "dict_size=0 must be at least 1"),
@@ -149,6 +165,15 @@ def test_a_cell_survives_json(lr: float, fraction: float, steps: int, warmup: fl
         ({"model_revision": None}, "model_revision: not known for model=tiny"),
         ({"model_format": "hub", "model_revision": "main"}, "model_revision=main is no commit"),
         ({"dataset_format": "hub", "dataset_revision": "main"}, "dataset_revision=main is no commit"),
+        ({"dataset_format": "hub", "dataset": "../near", "dataset_revision": "0" * 40}, "not the name of a dataset"),
+        ({"model_format": "hub", "model_repo": "../near", "model_revision": "0" * 40}, "not the name of a repository"),
+        ({"model": "../up"}, "model=../up is not a plain name"),
+        ({"model": "x" * 300}, "is not a plain name"),
+        ({"model_revision": "../../up"}, "model_revision=../../up is no commit"),
+        ({"text_column": "a\0b"}, r"text_column='a\\x00b' holds control characters"),
+        ({"text_column": "\ud800"}, "holds control characters"),
+        ({"hook_in": "blocks.\u00b2.mlp.hook_in"}, "is not a hook"),
+        ({"hook_in": f"blocks.{'9' * 5000}.mlp.hook_in"}, "is not a hook"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(overrides: dict[str, Any], message: str) -> None:
@@ -207,7 +232,10 @@ def test_options_schema_holds_every_option_once() -> None:
         ({"device": "tpu"}, "device=tpu is not a device"),
         ({"checkpoint_steps": -1}, "checkpoint_steps=-1 must be at least 0"),
         ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan must be at least 0"),
+        ({"device": "cuda:\u00b2"}, "is not a device"),
         ({"results_dir": ""}, "results_dir is empty"),
+        ({"results_dir": "a\x1bb"}, "results_dir='a.x1bb' holds control characters"),
+        ({"baselines_revision": "/"}, "baselines_revision=/ is no commit"),
         *(
             ({"baselines_l0": l0}, "baselines_l0=.*is no L0; choose all, lowest")
             for l0 in ("", "most", "nearest:", "-3")

@@ -34,6 +34,7 @@ def neighbours(transcoder: Path, latents: Sequence[int], n: int = 5) -> dict[int
         raise ResultsError(f"{path} cannot be read: {error}") from error
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a damaged file may hold any number
 def _neighbours(path: Path, latents: Sequence[int], n: int) -> dict[int, list[Neighbour]]:
     with safe_open(path, framework="numpy") as file:
         decoder = file.get_slice("W_dec")
