@@ -7,6 +7,7 @@ are grouped into batches, or how far the targets lie from zero, does not show. d
 Undefined is None, everywhere: a ratio over targets that never vary, pairs of a single latent.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -293,18 +294,22 @@ class UnitRows:
         cosines = [(self._double(left[part]) * self._double(right[part])).sum(1) for part in parts]
         return torch.cat(cosines).clamp(-1, 1) if cosines else self._scale.new_empty(0)
 
-    def similar(self, cosines: Float[Tensor, "m n"], start: int) -> Bool[Tensor, "m n"]:
-        """Which float32 products of rows from `start` on, with each other and all later rows, exceed SIMILAR."""
+    def similar(self, cosines: Float[Tensor, "m n"], first_row: int, first_column: int) -> Bool[Tensor, "m n"]:
+        """Which float32 products of rows, from two first ones on, exceed SIMILAR."""
         similar = cosines > SIMILAR + self._error
         row, column = ((cosines > SIMILAR - self._error) ^ similar).nonzero(as_tuple=True)
-        similar[row, column] = self.exact(row + start, column + start) > SIMILAR
+        similar[row, column] = self.exact(row + first_row, column + first_column) > SIMILAR
         return similar
+
+    def may_be_similar(self, cosine: Float[Tensor, " n"]) -> bool:
+        """Whether any float32 product is large enough for a cosine above SIMILAR."""
+        return bool((cosine > SIMILAR - self._error).any())
 
 
 def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimilarity:
     """Compare every pair of decoder rows; a zero row has cosine 0 with all others.
 
-    Cosines come from float32 products, a block of rows at a time. A pair whose float32 cosine is within the rounding
+    Cosines come from float32 products, a tile of pairs at a time. A pair whose float32 cosine is within the rounding
     error of SIMILAR is decided again in float64, so the count is that of float64. The nearest row is nearest up to
     float32 rounding, the first of equals; its cosine is float64.
     """
@@ -314,20 +319,23 @@ def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimila
     nearest = torch.zeros(n, dtype=torch.int64, device=W_dec.device)
     has_twin = torch.zeros(n, dtype=torch.bool, device=W_dec.device)
     n_similar_pairs = 0
-    for rows in pieces(n, 4 * n):
-        later = slice(rows.start, n)
-        cosines = unit.products(rows, later)
-        itself_or_earlier = torch.ones(len(cosines), len(cosines), dtype=torch.bool, device=W_dec.device).tril_()
-        cosines[:, : len(cosines)].masked_fill_(itself_or_earlier, -torch.inf)
-        similar = unit.similar(cosines, rows.start)
-        n_similar_pairs += int(similar.count_nonzero())
-        has_twin[rows] |= similar.any(1)
-        has_twin[later] |= similar.any(0)
-        for mine, axis in ((later, 0), (rows, 1)):  # smaller neighbours first: the first of equals stays
-            value, index = cosines.max(axis)
-            better = value > best[mine]
-            best[mine] = torch.where(better, value, best[mine])
-            nearest[mine] = torch.where(better, index + rows.start, nearest[mine])
+    tiles = list(pieces(n, MAX_BYTES // max(math.isqrt(MAX_BYTES // 4), 1)))
+    for rows, columns in itertools.combinations_with_replacement(tiles, 2):
+        cosines = unit.products(rows, columns)
+        if rows == columns:
+            itself_or_earlier = torch.ones_like(cosines, dtype=torch.bool).tril_()
+            cosines.masked_fill_(itself_or_earlier, -torch.inf)
+        for mine, axis in ((columns, 0), (rows, 1)):  # smaller neighbours first: the first of equals stays
+            largest = cosines.amax(axis)
+            better = (largest > best[mine]).nonzero().squeeze(1)  # few, after the first tiles
+            best[mine.start + better] = largest[better]
+            index = cosines.index_select(1 - axis, better).argmax(axis)
+            nearest[mine.start + better] = index + (rows, columns)[axis].start
+        if unit.may_be_similar(largest):
+            similar = unit.similar(cosines, rows.start, columns.start)
+            n_similar_pairs += int(similar.count_nonzero())
+            has_twin[rows] |= similar.any(1)
+            has_twin[columns] |= similar.any(0)
     if n == 1:
         return DecoderSimilarity(0, has_twin.cpu(), None, None)
     nearest_cosine = unit.exact(torch.arange(n, device=W_dec.device), nearest)
