@@ -22,6 +22,7 @@ __all__ = [
     "LaunchFolder",
     "ResultsFolder",
     "atomic_directory",
+    "is_held",
     "locked",
     "remove_directory",
     "remove_leftovers",
@@ -119,6 +120,11 @@ class LaunchFolder:
     def lock(self) -> Path:
         """Held by the launcher: a job that can take it has no launcher any more."""
         return self.root / ".lock"
+
+    @property
+    def claim(self) -> Path:
+        """Which cells the launcher is at, as long as it holds the lock."""
+        return self.root / "claim.json"
 
     @property
     def stop(self) -> Path:
@@ -345,19 +351,28 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
-    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go.
-
-    `shared` locks exclude only exclusive ones: enough to look whether somebody works.
-    """
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
     return file
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the kernel lock of a file; the file is left as it is, also if it is not there."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

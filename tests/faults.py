@@ -3,6 +3,7 @@
     python -m tests.faults kill --n 200
     python -m tests.faults preempt --cells 8 --times 8
     python -m tests.faults operations
+    python -m tests.faults launchers --n 4 --cells 100
 
 Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
 """
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +40,7 @@ from sweep.errors import ResultsError
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import seal_holds
 from sweep.revisions import sha256_of_file
+from sweep.status import read_status
 from sweep.transcoder import load_transcoder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -216,6 +220,70 @@ def preempt_at_random(root: Path, sweeper: Sweeper, n_cells: int, times: int, st
     for cell in cells_of(reference):
         same_bytes(reference, results, cell)
     return Took(alone.seconds, sum(each.seconds for each in starts), sum(each.start_up for each in starts[1:]))
+
+
+@app.command()
+def launchers(n: int = 4, cells: int = 100, kills: int = 2, steps: int = 400, seed: int = 0) -> None:
+    """Several launchers on one folder, their clocks days apart; each is killed so many times, and started again."""
+    root = Path(tempfile.mkdtemp(prefix="faults."))
+    sweeper = Sweeper()
+    for n_kills in (0, kills):
+        starts = share_a_folder(root / f"{n_kills}_kills", sweeper, n, cells, n_kills, steps, seed, backend="local")
+        typer.echo(f"{n} launchers, each killed {n_kills} times: {cells} cells, all byte-identical; starts {starts}")
+    shutil.rmtree(root)
+
+
+def share_a_folder(
+    root: Path, sweeper: Sweeper, n: int, n_cells: int, n_kills: int, steps: int, seed: int, backend: str
+) -> dict[int, int]:
+    """How many cells were started how often. All launchers end well and with the same table."""
+    root.mkdir(exist_ok=True)
+    write_text(root / "text.txt")
+    seeds = ",".join(map(str, range(n_cells)))
+    training = [option for option in TRAINING if not option.startswith("steps=")]
+
+    def run(name: str, launcher: str, number: int, **how: Any) -> Ended:
+        where = (f"dataset_path={root / 'text.txt'}", f"results_dir={root / name}", f"cache_dir={root / 'cache'}")
+        arguments = [f"hydra/launcher={launcher}", f"seed={seeds}", f"steps={steps}", "keep_checkpoints=true", *where]
+        work = partial(sweep_command, ["-m", *STREAM, *training, *arguments])
+        return sweeper(work, root / f"{name}_{number}.printed", before=partial(set_clock, number - 1), **how)
+
+    def until_it_ends(number: int) -> str:
+        """What the last start printed."""
+        draw = random.Random(f"{seed} {number}")
+        for _ in range(n_kills):
+            run("shared", backend, number, kill_after=draw.uniform(0, alone.seconds))
+            (root / f"shared_{number}.printed").unlink()
+        ended = run("shared", backend, number)
+        assert ended.code == 0, ended.printed
+        return ended.printed
+
+    alone = run("alone", "inline", 1)
+    assert alone.code == 0, alone.printed
+    with ThreadPoolExecutor(n) as pool:
+        printed = list(pool.map(until_it_ends, range(n)))
+    assert {last_table(each) for each in printed} == {last_table(alone.printed)}
+    reference, results = ResultsFolder(root / "alone"), ResultsFolder(root / "shared")
+    for cell in cells_of(reference):
+        same_bytes(reference, results, cell)
+    starts = Counter(read_status(results.cell(cell.cell_id)).attempts for cell in cells_of(reference))
+    assert max(starts) <= 1 + n * n_kills
+    return dict(starts)
+
+
+def set_clock(days: int) -> None:
+    """Of this process and all that it starts."""
+    os.environ["CLOCK"] = str(days)
+    broken = str(Path(__file__).parent / "broken")
+    os.environ["PYTHONPATH"] = os.pathsep.join([broken, os.environ["PYTHONPATH"]])
+    runpy.run_path(f"{broken}/sitecustomize.py")
+
+
+def last_table(printed: str) -> str:
+    """The results as a launcher shows them at its end."""
+    lines = printed.splitlines()
+    head = max(number for number, line in enumerate(lines) if line.startswith("cell ") and " fvu " in line)
+    return "\n".join(line for line in lines[head:] if not line.startswith("ranked"))
 
 
 @app.command()

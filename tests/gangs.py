@@ -8,7 +8,7 @@ import polars as pl
 from make import NO_BASELINES, make_cell
 
 from sweep.config import Cell
-from sweep.launch.launch import freeze
+from sweep.launch.rounds import freeze
 from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Report, silent

@@ -197,19 +197,31 @@ def test_ctrl_c_twice_kills(tmp_path: Path, cache: CacheFolder) -> None:
     assert unlocked(tmp_path)
 
 
-def test_no_job_outlives_its_launcher(tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder) -> None:
-    process = started(tmp_path, *LONG, f"cache_dir={cache.root}")
+def test_no_job_outlives_its_launcher_and_a_second_one_takes_over(
+    tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
+) -> None:
+    first = started(tmp_path, *LONG, f"cache_dir={cache.root}")
     wait_for(lambda: n_training(tmp_path) == 2)
-    family = psutil.Process(process.pid).children(recursive=True)
+    second = started(tmp_path, *LONG, f"cache_dir={cache.root}")
+    family = psutil.Process(first.pid).children(recursive=True)
     assert family
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert second.stdout is not None
+    shown = ""
+    while "2 cells elsewhere, in process " not in shown:
+        shown += second.stdout.readline()
+    assert "2 cells: 2 running; nothing to run" in shown
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    assert {status.state for status in statuses(tmp_path)} == {"interrupted"}  # it saved before it went
-    assert len(list(tmp_path.glob("sweeps/*/"))) == 1
-    assert "2 resume" in finish_and_compare(tmp_path, cache, unbroken)
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert "2 cells left by another launcher:" in output
+    assert "2 resume" in output  # the jobs of the first one saved before they went
+    assert {status.attempts for status in statuses(tmp_path)} == {2}
     assert not list(tmp_path.glob("sweeps/*/"))
+    for path in tmp_path.glob("cells/*/config.json"):
+        same_bytes(unbroken, ResultsFolder(tmp_path), cell_from_json(path.read_text()))
 
 
 def test_a_failing_cell_leaves_the_others_and_is_told(tmp_path: Path, cache: CacheFolder) -> None:

@@ -9,8 +9,8 @@ from make import NO_BASELINES, make_cell, make_options
 
 from sweep.config import Cell
 from sweep.errors import ConfigError, Interrupted
-from sweep.launch.launch import freeze
 from sweep.launch.plan import Plan, make_plan, resolve
+from sweep.launch.rounds import freeze
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
 from sweep.progress import silent
 from sweep.status import Status

@@ -5,13 +5,14 @@ import os
 from sweep.attempt import whereabouts
 from sweep.errors import CheckpointError, ResultsError
 from sweep.launch import console
+from sweep.launch.claims import Others, living_claims
 from sweep.launch.console import out, plural
 from sweep.launch.outcome import DONE, causes, tell
-from sweep.launch.plan import Planned, is_locked, look_up
+from sweep.launch.plan import Planned, look_up
 from sweep.launch.slurm import SlurmJobs
 from sweep.launch.squeue import SlurmSilent, scancel
-from sweep.launch.watch import Watcher, watch_slurm
-from sweep.paths import CellFolder, ResultsFolder
+from sweep.launch.watch import Together, Watcher, follow_to_the_end, watching
+from sweep.paths import CellFolder, ResultsFolder, is_held
 from sweep.saved import read_cell
 from sweep.status import FAILED
 
@@ -44,6 +45,11 @@ def jobs_of(results: ResultsFolder, cells: list[Planned]) -> SlurmJobs:
     return jobs
 
 
+def everywhere(results: ResultsFolder, cells: list[Planned]) -> Together:
+    """Their jobs in Slurm, and those of launchers that live."""
+    return Together(jobs_of(results, cells), Others(results, [planned.cell.cell_id for planned in cells]))
+
+
 def status(results: ResultsFolder) -> int:
     """One table of all cells; what Slurm is not asked about is known from files."""
     cells = cells_of(results)
@@ -51,7 +57,7 @@ def status(results: ResultsFolder) -> int:
     rows = Watcher(cells, results).rows(jobs)
     for cell_id, row in rows.items():
         job = jobs.of(cell_id)
-        here = is_locked(results.cell(cell_id))
+        here = is_held(results.cell(cell_id).lock)
         begun = row.status.state == "running"
         if results.row("runs", cell_id).exists():
             rows[cell_id] = row.saying("done")
@@ -64,23 +70,26 @@ def status(results: ResultsFolder) -> int:
     console.show_failures(causes(ended, results, jobs))
     if jobs.silent:
         out.print(f"Slurm was not asked: {jobs.silent}")
+    for claim in living_claims(results):
+        out.print(f"{claim.words}: launcher of {plural(len(claim.starts), 'cell')}")
     for job in jobs.live:
         out.print(f"{job.words}: {plural(len(job.cell_ids), 'cell')}; it prints to {job.log}")
     return DONE
 
 
 def watch(results: ResultsFolder) -> int:
-    """Follow the jobs in Slurm until none lives, then tell what came of the cells."""
+    """Follow all jobs, in Slurm and of other launchers, until none lives, then tell what came of the cells."""
     cells = cells_of(results)
-    jobs = jobs_of(results, cells)
-    watch_slurm(jobs, cells, results)
+    jobs = everywhere(results, cells)
+    with watching(cells, results) as watch:
+        follow_to_the_end(jobs, watch)
     return tell(cells, results, jobs)
 
 
 def collect(results: ResultsFolder) -> int:
     """Results and failures so far; the exit code says whether every cell is done."""
     cells = cells_of(results)
-    return tell(cells, results, jobs_of(results, cells))
+    return tell(cells, results, everywhere(results, cells))
 
 
 def cancel(results: ResultsFolder) -> int:

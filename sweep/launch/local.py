@@ -24,9 +24,8 @@ from sweep.launch import payload
 from sweep.launch.endings import Ending, divided, ending_of, halves, part
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
-from sweep.launch.plan import is_locked
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, try_lock
+from sweep.paths import LaunchFolder, ResultsFolder, is_held, try_lock
 from sweep.results import has_row
 from sweep.status import FAILED, State, Status, read_status
 
@@ -66,6 +65,8 @@ class Running:
 
 class Queue:
     """The jobs that wait, run and are over."""
+
+    silent = ""
 
     def __init__(
         self,
@@ -108,6 +109,9 @@ class Queue:
             self._free.append(running.slot)
             if not self._stopping:
                 self._go_on(running)
+
+    def refresh(self) -> None:
+        """Nothing to look for: the queue knows its processes."""
 
     @property
     def over(self) -> bool:
@@ -179,7 +183,7 @@ class Left:
         self.advanced = False
         """Whether an interrupted one has taken steps."""
         for cell in running.job.cells:
-            if has_row(results, cell.cell_id) or is_locked(results.cell(cell.cell_id)):
+            if has_row(results, cell.cell_id) or is_held(results.cell(cell.cell_id).lock):
                 continue
             before, status = running.before[cell.cell_id], read_status(results.cell(cell.cell_id))
             state = status.state if status.attempts > before.attempts else "new"

@@ -9,8 +9,8 @@ from sweep.failures import words
 from sweep.launch import console
 from sweep.launch.console import Failure
 from sweep.launch.local import KILLED
-from sweep.launch.plan import Planned, is_locked
-from sweep.paths import ResultsFolder
+from sweep.launch.plan import Planned
+from sweep.paths import ResultsFolder, is_held
 from sweep.results import read_row
 from sweep.status import FAILED, read_status
 
@@ -54,7 +54,7 @@ def why_not_done(cell_id: str, results: ResultsFolder, jobs: Ended | None) -> tu
     folder = results.cell(cell_id)
     status = read_status(folder)
     ending = jobs and jobs.ending(cell_id)
-    if is_locked(folder) and not status.job:
+    if is_held(folder.lock) and not status.job:
         return f"is being run by another process ({status.pid}); give the command again when it is done", folder.log
     if status.state in FAILED:
         return f"{words(status.state)}: {status.error.get('message', '')}", folder.log

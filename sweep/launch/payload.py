@@ -19,7 +19,7 @@ from sweep.errors import Interrupted
 from sweep.launch.machine import Slot, usable_cores
 from sweep.launch.squeue import SlurmSilent, slurm
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, try_lock, write_atomic, write_json
+from sweep.paths import LaunchFolder, ResultsFolder, is_held, write_atomic, write_json
 from sweep.pulse import Pulse
 from sweep.status import read_status
 
@@ -58,13 +58,14 @@ def run(path: str) -> None:
     """
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     slot, workflow = Slot(**job["slot"]), Workflow(**job["workflow"])
-    stop = stop_on_signals()
-    threading.Thread(target=obey, args=(LaunchFolder(Path(path).parent), stop), daemon=True).start()
+    stop, folder = stop_on_signals(), LaunchFolder(Path(path).parent)
+    threading.Thread(target=obey, args=(folder, stop), daemon=True).start()
     os.environ |= environment(slot)
     with Pulse(Path(path), 60 * workflow.hang_minutes) as pulse, contextlib.suppress(Interrupted):
         from sweep.job import run_gang
 
-        run_gang(job["cell_ids"], workflow, pulse.report, stop.is_set, pulse.at)
+        if not must_stop(folder):  # else another launcher may have taken the cells over meanwhile
+            run_gang(job["cell_ids"], workflow, pulse.report, stop.is_set, pulse.at)
 
 
 def run_in_slurm(path: str) -> None:
@@ -136,14 +137,16 @@ def threads(n: int) -> dict[str, str]:
 
 def obey(folder: LaunchFolder, stop: threading.Event) -> None:
     """Set `stop` once the launcher asks for it or is dead; end the process if what follows takes too long."""
-    while not folder.stop.exists():
-        if lock := try_lock(folder.lock, shared=True):
-            lock.close()
-            break
+    while not must_stop(folder):
         time.sleep(POLL_SECONDS)
     stop.set()
     time.sleep(GRACE_SECONDS)
     os._exit(1)
+
+
+def must_stop(folder: LaunchFolder) -> bool:
+    """Whether the launcher wants its jobs to stop, or is dead."""
+    return folder.stop.exists() or not is_held(folder.lock)
 
 
 if __name__ == "__main__":

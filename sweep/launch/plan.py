@@ -8,11 +8,11 @@ from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
 from sweep.failures import words
 from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
-from sweep.paths import CellFolder, ResultsFolder, try_lock
+from sweep.paths import ResultsFolder, is_held
 from sweep.results import has_row
 from sweep.status import FAILED, read_status
 
-__all__ = ["Composed", "Plan", "Planned", "is_locked", "make_plan", "resolve"]
+__all__ = ["Composed", "Plan", "Planned", "make_plan", "resolve"]
 
 Composed = tuple[list[str], dict[str, Any] | str]
 """A cell as Hydra hands it over: its overrides, and its flat options or the reason why there are none."""
@@ -55,6 +55,11 @@ class Plan:
     @property
     def unique(self) -> list[Planned]:
         return [planned for planned in self.cells if planned.action != "duplicate"]
+
+    @property
+    def watched(self) -> list[Planned]:
+        """The cells that will run, here or elsewhere."""
+        return [planned for planned in self.unique if planned.runs or planned.action == "running"]
 
     @property
     def asked(self) -> list[Planned]:
@@ -150,7 +155,7 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
         return ("done", "its row is there") if done else ("retry", f"its row {row} is damaged")
     if cell.cell_id in elsewhere:
         return "running", elsewhere[cell.cell_id]
-    if is_locked(folder):
+    if is_held(folder.lock):
         return "running", f"process {status.pid} is at it"
     if status.state in FAILED:
         message = status.error.get("message", "").partition("\n")[0]
@@ -158,14 +163,3 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
     if checkpoints:
         return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
     return "new", "started before, without a checkpoint" if status.attempts else ""
-
-
-def is_locked(folder: CellFolder) -> bool:
-    """Whether a living process on this machine works on the cell."""
-    if not folder.lock.exists():
-        return False
-    lock = try_lock(folder.lock, shared=True)
-    if lock is None:
-        return True
-    lock.close()
-    return False

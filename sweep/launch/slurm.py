@@ -25,6 +25,7 @@ from typing import Any
 
 from sweep.errors import SweepError
 from sweep.launch import payload
+from sweep.launch.claims import claimed
 from sweep.launch.jobs import Job
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
@@ -152,10 +153,11 @@ def submit(
         cache_dir=str(Path(workflow.cache_dir).absolute()),
     )
     sent: list[Submission] = []
-    with locked(results.slurm / ".lock"):
+    results.slurm.mkdir(exist_ok=True)
+    with locked(results.lock):
         followed = follow(results, finished=True)
         tidy(followed, results)
-        taken = live_cells(followed)
+        taken = claimed(results) | live_cells(followed)
         parts = [tuple(cell_id for cell_id in job.cell_ids if cell_id not in taken) for job in jobs]
         waiting = [part for part in parts if part]
         for begin in range(0, len(waiting), size):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from rich.live import Live
@@ -18,12 +19,11 @@ from sweep.failures import words as words_for
 from sweep.launch import console
 from sweep.launch.console import duration, out, plural, readable, varied
 from sweep.launch.plan import Planned
-from sweep.launch.slurm import SlurmJobs
 from sweep.paths import ResultsFolder
 from sweep.progress import Snapshot
 from sweep.status import FAILED, Status, read_status
 
-__all__ = ["Jobs", "Row", "Watcher", "watch_slurm", "watching"]
+__all__ = ["Jobs", "Row", "Together", "Watcher", "follow_to_the_end", "watching"]
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
@@ -34,6 +34,13 @@ ENDED = ("done", "interrupted", "killed", *FAILED)
 @runtime_checkable
 class Jobs(Protocol):
     """What the watcher must know of jobs, wherever they run."""
+
+    @property
+    def silent(self) -> str:
+        """Why nothing is known of them just now; empty when something is."""
+
+    def refresh(self) -> None:
+        """Look again what they are at, unless that was done just now."""
 
     @property
     def over(self) -> bool:
@@ -53,6 +60,46 @@ class Jobs(Protocol):
 
     def is_news(self, cell_id: str, status: Status) -> bool:
         """Whether a status is of the present job of a cell, and not from before."""
+
+    def ending(self, cell_id: str) -> tuple[str, Path] | None:
+        """Why a cell left neither row nor error, and where its job's words are, as far as they know."""
+
+
+class Together:
+    """Jobs of several kinds as one."""
+
+    def __init__(self, *parts: Jobs) -> None:
+        self._parts = parts
+
+    @property
+    def silent(self) -> str:
+        return next((part.silent for part in self._parts if part.silent), "")
+
+    def refresh(self) -> None:
+        for part in self._parts:
+            part.refresh()
+
+    @property
+    def over(self) -> bool:
+        return all(part.over for part in self._parts)
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        return {cell_id: words for part in self._parts for cell_id, words in part.words.items()}
+
+    @property
+    def at_work(self) -> Sequence[tuple[str, Sequence[str]]]:
+        return [job for part in self._parts for job in part.at_work]
+
+    @property
+    def n_jobs(self) -> int:
+        return sum(part.n_jobs for part in self._parts)
+
+    def is_news(self, cell_id: str, status: Status) -> bool:
+        return all(part.is_news(cell_id, status) for part in self._parts)
+
+    def ending(self, cell_id: str) -> tuple[str, Path] | None:
+        return next(filter(None, (part.ending(cell_id) for part in self._parts)), None)
 
 
 @dataclass(frozen=True)
@@ -192,24 +239,21 @@ def watching(cells: Sequence[Planned], results: ResultsFolder) -> Iterator[Watch
         yield Watcher(cells, results, live)
 
 
-def watch_slurm(
-    jobs: SlurmJobs, cells: Sequence[Planned], results: ResultsFolder, stop: Callable[[], bool] = lambda: False
-) -> None:
-    """Show the cells until none of their jobs lives; a controller that does not answer is waited for.
+def follow_to_the_end(jobs: Jobs, watch: Watcher, stop: Callable[[], bool] = lambda: False) -> None:
+    """Show the cells until none of their jobs lives; a controller of Slurm that does not answer is waited for.
 
     Raises:
         Interrupted: `stop` became true; the jobs go on.
     """
     silence = ""
-    with watching(cells, results) as watch:
-        jobs.refresh(now=True)
-        while not jobs.over:
-            if stop():
-                raise Interrupted
-            if jobs.silent and jobs.silent != silence:
-                console.problem(f"waiting for Slurm to answer: {jobs.silent}")
-            silence = jobs.silent
-            watch(jobs)
-            time.sleep(POLL_SECONDS)
-            jobs.refresh()
+    jobs.refresh()
+    while not jobs.over:
+        if stop():
+            raise Interrupted
+        if jobs.silent and jobs.silent != silence:
+            console.problem(f"waiting for Slurm to answer: {jobs.silent}")
+        silence = jobs.silent
         watch(jobs)
+        time.sleep(POLL_SECONDS)
+        jobs.refresh()
+    watch(jobs)
