@@ -41,7 +41,7 @@ def ours(learn_: Learn) -> Make:
         state = TrainState.initial(initial_parameters(case), source_scale=1.0, target_scale=1.0)
         state.batches_since_fired[dead_latents(case)] = REVIVAL.n_batches_to_dead
         capacity = Capacity(case.dict_size, case.top_k, "batch_top_k", case.groups)
-        schedule = Schedule(LR, 1 << 30, case.batch, 0, "constant", LR, BETAS)
+        schedule = Schedule(LR, 1 << 30, case.batch, 0, "constant", LR, BETAS, "float32")
 
         def step(source: Tensor, target: Tensor) -> None:
             train_step_(state, source, target, capacity, schedule, REVIVAL, learn_)

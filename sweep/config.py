@@ -106,6 +106,10 @@ class Schedule:
     )
     min_lr: float = option("learning rate of the last step", unit="1")
     betas: tuple[float, ...] = option("Adam's two decay rates", unit="1")
+    step_dtype: Literal["float32", "bfloat16"] = option(
+        "precision of the training step's matrix products; weights, moments and sums stay float32; "
+        "bfloat16 is for GPUs, on a CPU it takes the dense step"
+    )
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, batch_size=self.batch_size)

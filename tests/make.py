@@ -48,6 +48,7 @@ OPTIONS: dict[str, Any] = {
     "min_lr": None,
     "min_lr_fraction": 0.01,
     "betas": [0.9, 0.999],
+    "step_dtype": "float32",
     "epochs": 1.0,
     # revival
     "aux_penalty": 1 / 8,

@@ -20,7 +20,7 @@ from sweep.transcoder import Parameters, pre_latents, select
 
 D_IN, D_OUT, WIDTH, BATCH, TOP_K = 12, 10, 200, 50, 6
 GROUPS = (25, 50, 100, 150, WIDTH)
-SCHEDULE = Schedule(3e-3, 100, BATCH, 0, "constant", 3e-3, (0.9, 0.999))
+SCHEDULE = Schedule(3e-3, 100, BATCH, 0, "constant", 3e-3, (0.9, 0.999), "float32")
 NONE = torch.zeros(0, dtype=torch.int64)
 
 each_rule = pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from make import make_cell
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
@@ -196,3 +197,41 @@ def test_train_step_scales_source_and_target() -> None:
     train_step_(scaled, x * 4.0, y / 4.0, cell.capacity, cell.schedule, cell.revival)
     for found, want in zip(scaled.params.tensors(), plain.params.tensors(), strict=True):
         assert torch.equal(found, want)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of both factors of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes |= {factor.dtype for factor in args[-2:]}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
+def test_bfloat16_rounds_products_and_nothing_that_is_kept(activation: str) -> None:
+    cells = [
+        step_cell(step_dtype=dtype, activation=activation, n_batches_to_dead=2) for dtype in ("float32", "bfloat16")
+    ]
+    states, losses = [], []
+    for cell in cells:
+        state = make_state(torch.float32)
+        state.params.b_enc[:6] = -100.0  # dead from the third step on
+        with Products() as products:
+            steps = [
+                train_step_(state, *make_batch(torch.float32, seed), cell.capacity, cell.schedule, cell.revival)
+                for seed in range(5)
+            ]
+        assert products.dtypes <= {getattr(torch, cell.schedule.step_dtype)}
+        losses.append([float(step.loss.total) for step in steps])
+        states.append(state)
+        assert {tensor.dtype for tensor in [*state.params.tensors(), *state.first_moments.tensors()]} == {torch.float32}
+        assert steps[-1].loss.total.dtype == torch.float32
+        assert steps[-1].n_dead >= 6
+    assert products.dtypes == {torch.bfloat16}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -46,8 +47,13 @@ class StepReport:
         return values
 
 
-def default_learn(device: torch.device) -> Learn:
-    """The sparse step on the CPU; on CUDA, where the two were not compared, the dense one."""
+def default_learn(device: torch.device, step_dtype: str) -> Learn:
+    """The sparse step on the CPU in float32; else the dense one, on CUDA because the two were not compared there.
+
+    In bfloat16 only matrix products are rounded: both factors, and what they give, the pre-latents among it.
+    """
+    if step_dtype == "bfloat16":
+        return cast(Learn, torch.autocast(device.type, torch.bfloat16)(reference.learn_))
     return sparse.learn_ if device.type == "cpu" else reference.learn_
 
 
@@ -62,7 +68,7 @@ def train_step_(
     learn_: Learn | None = None,
 ) -> StepReport:
     """Learn from one batch of raw source and target, in place."""
-    learn_ = learn_ or default_learn(state.params.W_enc.device)
+    learn_ = learn_ or default_learn(state.params.W_enc.device, schedule.step_dtype)
     dead = (state.batches_since_fired >= revival.n_batches_to_dead).nonzero().flatten()
     dtype = state.params.W_enc.dtype
     scaled_source = source.to(dtype) * state.source_scale
