@@ -1,20 +1,16 @@
-"""Baselines beside the cells of a gang: found, scored in the same held-out pass, and committed as rows of their own.
+"""Baselines beside the cells of a gang: loaded, scored in the same held-out pass, and committed as rows of their own.
 
-A baseline's row is named by what its numbers depend on: its file, the held-out rows, the language model. So it is
-scored once, whatever number of sweeps ask for it. One that cannot be read costs no cell anything.
+One that cannot be read costs no cell anything.
 """
 
-import hashlib
-import json
 import logging
 import socket
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sweep.baselines.family import choose, scan
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
+from sweep.baselines.wanted import layers_beside, unscored
 from sweep.commit import Workplace, circumstances
 from sweep.config import SCHEMA_VERSION, Site, StreamConfig
 from sweep.errors import SweepError
@@ -24,59 +20,44 @@ from sweep.paths import ResultsFolder
 from sweep.progress import Report
 from sweep.results import write_run
 
-__all__ = ["Beside", "baseline_id", "baselines_beside", "commit_baseline"]
+__all__ = ["Beside", "baselines_beside", "commit_baseline"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A baseline that has no row yet, and the id its row will have."""
+    """A baseline to be scored, and the id of its row."""
 
     row_id: str
     baseline: Baseline
 
 
-def baseline_id(baseline: Baseline, config: StreamConfig, heldout_hash: str, model_hash: str) -> str:
-    """First 10 hex digits of the sha256 of everything the numbers of a baseline depend on."""
-    identity = {
-        "schema_version": SCHEMA_VERSION,
-        "file_hash": baseline.file_hash,
-        "heldout_hash": heldout_hash,
-        "model_hash": model_hash,
-        "hook_names": baseline.site.hook_names,
-        "model_dtype": config.model.model_dtype,
-        "activation_dtype": config.data.activation_dtype,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-
-
 def baselines_beside(
     sites: Collection[Site], workflow: Workflow, place: Workplace, results: ResultsFolder, report: Report
 ) -> list[Beside]:
-    """The baselines of the layers of these sites that have no row yet, loaded.
+    """The baselines of the layers of these sites that are not scored yet, loaded.
 
     Side effects: loads the language model where a baseline reads a hook that no cell does.
     """
-    if workflow.baselines == "none" or workflow.baselines_dir is None:
-        return []
-    config, root = place.stream.config, Path(workflow.baselines_dir)
-    found: dict[str, Beside] = {}
-    for layer in sorted({site.layer for site in sites if site.hook_out == "mlp_out"}):
+    config, found = place.stream.config, list[Beside]()
+    for layer in layers_beside(sites):
         try:
-            entries = choose(scan(root), layer, workflow.baselines_width, workflow.baselines_l0, str(root))
-            for entry in entries:
-                report(f"load {entry.name}", 0, 0, "")
-                baseline = load_baseline(entry, layer, config.model.d_in, config.model.d_out, place.device)
-                row_id = baseline_id(baseline, config, place.tokens.heldout_hash, place.model_hash)
-                if not results.row("runs", row_id).exists():
-                    found.setdefault(row_id, Beside(row_id, baseline))
-            for site in {one.baseline.site for one in found.values()} - set(sites):
-                place.harvested.language_model().check(site, config.model.d_in, config.model.d_out)
+            missing = unscored(layer, workflow, config, place.tokens.heldout_hash, place.model_hash, results)
         except SweepError as error:
             log.warning("no baselines at layer %d: %s", layer, error)
-            found = {row_id: one for row_id, one in found.items() if one.baseline.site.layer != layer}
-    return list(found.values())
+            continue
+        for row_id, each in missing.items():
+            report(f"load {each.entry.name}", 0, 0, "")
+            try:
+                if each.site not in place.stream.sites:
+                    place.harvested.language_model().check(each.site, config.model.d_in, config.model.d_out)
+                baseline = load_baseline(each.entry, layer, config.model.d_in, config.model.d_out, place.device)
+            except SweepError as error:
+                log.warning("no baseline %s: %s", each.entry.name, error)
+            else:
+                found.append(Beside(row_id, baseline))
+    return found
 
 
 def commit_baseline(one: Beside, evaluation: Evaluation, results: ResultsFolder, place: Workplace) -> None:

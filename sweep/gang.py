@@ -9,12 +9,12 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
-from sweep.config import Cell, Site
+from sweep.config import Cell, Site, StreamConfig
 from sweep.errors import CheckpointError, Superseded, SweepError
 from sweep.evaluate import Evaluation
 from sweep.failures import kind
@@ -50,6 +50,8 @@ class Member:
     transcoder: Transcoder | None = None
     evaluation: Evaluation | None = None
     last_beat: float = 0.0
+    finished: bool = False
+    """Its row is there; it is here for the baselines of its layer."""
 
     @property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":
@@ -79,11 +81,17 @@ class Member:
 class Gang:
     """The members still in it, and the one place where an error costs a member its place.
 
-    `at` is told whose work follows, and an empty name when it is done.
+    `at` is told whose work follows, and an empty name when it is done. `finished` are there for baselines alone: their
+    logs and statuses tell how that goes.
     """
 
     members: list[Member]
     at: Callable[[str], None]
+    finished: list[Member] = field(default_factory=list)
+
+    @property
+    def stream(self) -> StreamConfig:
+        return (*self.members, *self.finished)[0].cell.stream
 
     @property
     def sites(self) -> list[Site]:
@@ -110,6 +118,9 @@ class Gang:
 
     def beat(self, progress: Snapshot) -> None:
         self.attempt_all(lambda member: member.beat(progress))
+        for member in self.finished:
+            with contextlib.suppress(Superseded):
+                member.beat(progress)
 
     def attempt_all(self, action: Callable[[Member], None]) -> None:
         for member in list(self.members):
@@ -140,6 +151,8 @@ class Gang:
     def fail_all(self, error: Exception) -> None:
         for member in list(self.members):
             self.fail(member, error)
+        for member in self.finished:
+            member.log.error("no baselines: %s", error, exc_info=not isinstance(error, SweepError) and error)
 
 
 def described(error: Exception) -> dict[str, str]:
@@ -148,10 +161,12 @@ def described(error: Exception) -> dict[str, str]:
     return {"class": type(error).__name__, "message": str(error), "traceback": trace}
 
 
-def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack) -> Iterator[Member]:
+def join(
+    cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.ExitStack, *, finished_too: bool = False
+) -> Iterator[Member]:
     """The cells that are to do and nobody else is at, each locked and with its log open until the stack closes.
 
-    A cell may have been finished by another launcher after this one looked.
+    A cell may have been finished by another launcher after this one looked; it comes too if `finished_too`.
     """
     job = slurm_job(os.environ)
     for cell_id in cell_ids:
@@ -162,9 +177,10 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
         elif not began_in(folder, job):
             log.warning("cell %s is being run by another process; leaving it to that one", cell_id)
             continue
-        if has_row(results, cell_id):
+        if finished := has_row(results, cell_id):
             log.info("cell %s is finished already", cell_id)
-            continue
+            if not finished_too or lock is None:
+                continue
         if lock is not None:
             tidy_cell(results, cell_id)
         attempt = Attempt.begin(folder, job)
@@ -179,7 +195,7 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             ended = {"state": "failed", "attempts": status.attempts + 1, "failures": status.failures + 1}
             status.changed(**ended, error=described(error)).write(folder)
             continue
-        member = Member(cell, folder, status, attempt)
+        member = Member(cell, folder, status, attempt, finished=finished)
         member.set_status(
             state="running",
             steps=member.cell.schedule.steps,
@@ -192,7 +208,15 @@ def join(cell_ids: Sequence[str], results: ResultsFolder, stack: contextlib.Exit
             job=job,
         )
         stack.enter_context(noting(member))
+        if finished:
+            stack.callback(say_done, member)
         yield member
+
+
+def say_done(member: Member) -> None:
+    """The status of a finished cell is what it was; should this not come to pass, the next launcher sees to it."""
+    with contextlib.suppress(OSError, Superseded):
+        member.set_status(state="done", progress=Snapshot())
 
 
 def lock_patiently(path: Path, tries: int = LOCK_TRIES) -> IO[bytes] | None:

@@ -9,6 +9,7 @@ Broad excepts stand here and in `gang.py`, and nowhere else.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ from sweep.train import Run, SaveClock, train
 
 __all__ = ["run_gang"]
 
+log = logging.getLogger(__name__)
+
 
 def run_gang(
     cell_ids: Sequence[str],
@@ -57,8 +60,9 @@ def run_gang(
     """
     results = ResultsFolder(Path(workflow.results_dir))
     with contextlib.ExitStack() as stack:
-        gang = Gang(list(join(cell_ids, results, stack)), at)
-        if not gang.members:
+        joined = list(join(cell_ids, results, stack, finished_too=workflow.baselines != "none"))
+        gang = Gang([each for each in joined if not each.finished], at, [each for each in joined if each.finished])
+        if not joined:
             return
 
         progress = Progress()
@@ -89,6 +93,21 @@ def interrupt(member: Member) -> None:
 def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> None:
     """The life of a gang from prepared text to committed rows."""
     place = prepare(gang, workflow, report, stack)
+    if gang.members:
+        train_and_calibrate(gang, place, workflow, report)
+    if not gang.members and not gang.finished:
+        return
+    sites = [member.cell.site for member in (*gang.members, *gang.finished)]
+    beside = baselines_beside(sites, workflow, place, results, report)
+    evaluations = evaluate_all(gang, beside, place, workflow, report)
+    gang.attempt_all(lambda member: commit(member, results, place, workflow))
+    for one in beside:
+        if one.row_id in evaluations:
+            commit_baseline(one, evaluations[one.row_id], results, place)
+
+
+def train_and_calibrate(gang: Gang, place: Workplace, workflow: Workflow, report: Report) -> None:
+    """Bring every member from where it stands to its transcoder."""
     clock = SaveClock(workflow.checkpoint_minutes)
     gang.attempt_all(lambda member: start(member, place, workflow, clock))
     runs = {id(member.run): member for member in gang.members}
@@ -99,15 +118,8 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report,
         after_step=lambda step: report_training(gang, step, report),
         save_due=clock.due,
     )
-    if not gang.members:
-        return
-    calibrate(gang, place, report)
-    beside = baselines_beside(gang.sites, workflow, place, results, report)
-    evaluations = evaluate_all(gang, beside, place, workflow, report)
-    gang.attempt_all(lambda member: commit(member, results, place, workflow))
-    for one in beside:
-        if one.row_id in evaluations:
-            commit_baseline(one, evaluations[one.row_id], results, place)
+    if gang.members:
+        calibrate(gang, place, report)
 
 
 def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> Workplace:
@@ -116,7 +128,7 @@ def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.Ex
     Until the stack closes nobody clears from the cache what is used.
     """
     started = time.monotonic()
-    config = gang.members[0].cell.stream
+    config = gang.stream
     device = pick_device(workflow.device)
     cache = CacheFolder(Path(workflow.cache_dir))
     made = cache.model(config.model.model, config.model.model_revision)
@@ -131,8 +143,9 @@ def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.Ex
     blocks = with_cache(harvested, config, gang.sites, model_hash, device, cache, workflow.cache_gib)
     if isinstance(blocks, CachedBlocks):
         stack.enter_context(in_use(blocks.folder))
-    demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
-    harvested.n_expected = blocks.n_missing(demand, gang.sites)
+    if gang.members:
+        demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
+        harvested.n_expected = blocks.n_missing(demand, gang.sites)
     if harvested.n_expected:
         model = harvested.language_model()
         gang.attempt_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
@@ -211,10 +224,11 @@ def evaluate_all(
 ) -> dict[str, Evaluation]:
     """Score the members on the held-out rows, and the baselines beside them, all in one pass."""
     members = {member.cell.cell_id: member for member in gang.members}
+    names = {one.row_id: one.baseline.name for one in beside}
     predictors = {m.cell.cell_id: (m.cell.site, m.transcoder) for m in gang.members if m.transcoder}
+    predictors |= {one.row_id: (one.baseline.site, one.baseline.transcoder) for one in beside}
     if not predictors:
         return {}
-    predictors |= {one.row_id: (one.baseline.site, one.baseline.transcoder) for one in beside}
     heldout = place.stream.split("heldout", also=[one.baseline.site for one in beside])
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
@@ -222,7 +236,11 @@ def evaluate_all(
     def attempt(name: str, action: Callable[[], None]) -> bool:
         if name in members:
             return gang.attempt(members[name], action)
-        action()
+        try:
+            action()
+        except Exception as error:
+            log.warning("baseline %s cannot be scored: %s", names[name], error)
+            return False
         return True
 
     causal = CausalRows.first(workflow.n_causal_rows, place.harvested)

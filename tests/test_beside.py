@@ -14,11 +14,15 @@ from gangs import make_workflow, run_cells
 from gemma_scope import Arrays, random_arrays, reference_prediction, write_first, write_second
 from make import make_cell, make_options
 
+from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
-from sweep.launch.beside import with_baselines
-from sweep.options import cell_from_options
+from sweep.launch.beside import not_scored, with_baselines, with_done_cells
+from sweep.launch.plan import Plan, make_plan
+from sweep.options import Workflow, cell_from_options
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
+from sweep.results import TABLES
+from sweep.status import read_status
 
 D = 32
 
@@ -164,6 +168,56 @@ def test_a_baseline_is_scored_once_and_changes_no_number_of_the_cells(
     assert len(before) == 2
     run_cells([make_cell(seed=1)], workflow)
     assert baseline_files(both) == before
+
+
+def test_baselines_asked_for_afterwards_are_scored_alone(families: Path, cache: CacheFolder, tmp_path: Path) -> None:
+    cell = make_cell(steps=2)
+    google = {"baselines": "gemma_scope", "baselines_dir": str(families)}
+    results = run_cells([cell], make_workflow(tmp_path / "one", cache))
+    row, status = results.row("runs", cell.cell_id).read_bytes(), read_status(results.cell(cell.cell_id))
+    asked = make_workflow(tmp_path / "one", cache, **google)
+    assert actions(asked, cell) == ["baselines"]
+    assert len(not_scored(planned(asked, cell), results)) == 2
+    run_cells([cell], asked)
+    assert actions(asked, cell) == ["done"]
+    assert not_scored(planned(asked, cell), results) == []
+    beside = run_cells([cell], make_workflow(tmp_path / "other", cache, **google))
+    assert scores(results) == scores(beside)
+    assert results.row("runs", cell.cell_id).read_bytes() == row
+    after = read_status(results.cell(cell.cell_id))
+    assert (after.state, after.step, after.fvu, after.failures) == ("done", 2, status.fvu, 0)
+
+
+def test_baselines_are_scored_again_for_cross_entropies_on_more_rows(
+    families: Path, cache: CacheFolder, tmp_path: Path
+) -> None:
+    cell = make_cell(steps=2)
+    rows = []
+    for n_rows in (0, 2, 1):
+        asked = make_workflow(
+            tmp_path, cache, baselines="gemma_scope", baselines_dir=str(families), n_causal_rows=n_rows
+        )
+        assert actions(asked, cell) == [{0: "new", 2: "baselines", 1: "done"}[n_rows]]
+        rows.append(scores(run_cells([cell], asked)))
+    assert [{row["n_causal_tokens"] for row in each.values()} for each in rows] == [{None}, {60}, {60}]
+    assert all(row["fvu"] == rows[0][name]["fvu"] and row["kl"] > 0 for name, row in rows[1].items())
+    assert set(rows[0]) == set(rows[1])
+
+
+def planned(workflow: Workflow, cell: Cell) -> Plan:
+    results = ResultsFolder(Path(workflow.results_dir))
+    return with_done_cells(make_plan(workflow, [((), cell)], results), results)
+
+
+def actions(workflow: Workflow, cell: Cell) -> list[str]:
+    return [each.action for each in planned(workflow, cell).cells]
+
+
+def scores(results: ResultsFolder) -> dict[str, dict[str, Any]]:
+    """The rows of baselines by name, without what differs between identical runs."""
+    volatile = [column.name for column in TABLES["runs"] if column.volatile]
+    frames = [pl.read_parquet(results.table("runs") / name).drop(volatile) for name in baseline_files(results)]
+    return {frame["baseline"][0]: frame.row(0, named=True) for frame in frames}
 
 
 def baseline_files(results: ResultsFolder) -> dict[str, tuple[int, int]]:

@@ -65,6 +65,13 @@ def test_estimates_of_the_readme_sweeps_are_near_what_was_measured(
     assert gigabytes / 1.15 < cost.memory_bytes / 1e9 < 1.15 * gigabytes
 
 
+def test_a_cell_that_is_done_costs_no_step() -> None:
+    done = replace(EMPTY, done=frozenset([make_cell().cell_id]))
+    assert gang_cost([make_cell()], done).training_flops == 0
+    assert gang_cost([make_cell(), make_cell(seed=1)], done).training_flops == training_flops(make_cell())
+    assert gang_cost([make_cell()], done).language_model_tokens < gang_cost([make_cell()], EMPTY).language_model_tokens
+
+
 def test_a_gang_costs_one_pass_and_each_cell_its_training() -> None:
     alone, together = gang_cost([make_cell()], EMPTY), gang_cost([make_cell(seed=seed) for seed in range(4)], EMPTY)
     assert together.language_model_tokens == alone.language_model_tokens

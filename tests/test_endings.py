@@ -10,7 +10,7 @@ from make import make_cell
 from sweep.failures import Failure
 from sweep.launch.endings import Ending, divided, ending_of
 from sweep.launch.jobs import Job
-from sweep.launch.slurm import Followed, SlurmJobs, Submission
+from sweep.launch.slurm import Followed, SlurmJobs, Submission, follow
 from sweep.launch.squeue import Seen
 from sweep.paths import LaunchFolder, ResultsFolder
 
@@ -92,3 +92,20 @@ def test_ending_of_a_job_in_slurm(seen: Seen | None, stacks: str, words: str, tm
     ending = jobs.ending(CELLS[0].cell_id)
     assert ending is not None
     assert ending[0].startswith(words)
+
+
+@pytest.mark.parametrize("for_rows", [True, False])
+def test_jobs_for_baselines_beside_finished_cells_are_followed(
+    for_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their cells have rows from the start; of other jobs that is the end."""
+    results = ResultsFolder(tmp_path)
+    results.create()
+    results.row("runs", CELLS[0].cell_id).touch()
+    root = results.slurm / "one"
+    root.mkdir(parents=True)
+    Submission(LaunchFolder(root), ((CELLS[0].cell_id,),), "12", for_rows).write()
+    monkeypatch.setattr(
+        "sweep.launch.slurm.ask", lambda names: [Seen("12", name, "RUNNING", "node1") for name in names]
+    )
+    assert [job.id for job in follow(results)] == ([] if for_rows else ["12"])

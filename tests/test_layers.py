@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     },
     {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
-    {"sweep.cached"},
+    {"sweep.cached", "sweep.baselines.wanted"},
     {"sweep.cache"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {

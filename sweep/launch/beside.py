@@ -1,19 +1,22 @@
 """The baselines a sweep asks for, found and checked before anything runs; what is missing is downloaded here."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sweep.baselines.family import choose, scan
 from sweep.baselines.header import check, check_shapes
 from sweep.baselines.hub import REPOSITORIES, download
+from sweep.baselines.wanted import layers_beside, unscored_beside, wanted
 from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
 from sweep.launch.cost import Beside
+from sweep.launch.plan import Plan
 from sweep.options import Workflow
+from sweep.paths import ResultsFolder
 from sweep.progress import Report
+from sweep.results import has_row
 
-__all__ = ["baselines_of", "with_baselines"]
+__all__ = ["baselines_of", "not_scored", "with_baselines", "with_done_cells"]
 
 
 def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) -> Workflow:
@@ -44,15 +47,53 @@ def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) ->
         choice = (workflow.baselines_width, workflow.baselines_l0, workflow.baselines_revision)
         workflow = replace(workflow, baselines_dir=str(download(REPOSITORIES[name], layers, *choice, report)))
     assert workflow.baselines_dir is not None
-    root = Path(workflow.baselines_dir).expanduser().resolve()
+    found = replace(workflow, baselines_dir=str(Path(workflow.baselines_dir).expanduser().resolve()))
     try:
-        entries = scan(root)
         for layer in layers:
-            for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
-                check(entry, layer, model.d_in, model.d_out)
+            for each in wanted(found, layer):
+                check(each.entry, layer, model.d_in, model.d_out)
     except BaselineError as error:
         raise BaselineError(f"baselines_dir={workflow.baselines_dir}: {error}") from error
-    return replace(workflow, baselines_dir=str(root))
+    return found
+
+
+def with_done_cells(plan: Plan, results: ResultsFolder, elsewhere: Collection[str] = ()) -> Plan:
+    """The plan in which baselines are also scored at the layers of finished cells: one of each layer goes along.
+
+    `elsewhere` are cells of jobs that run or wait.
+
+    Raises:
+        BaselineError: they changed since they were checked.
+    """
+    if plan.workflow.retry == "failed":
+        return plan
+    going = [planned.cell for planned in plan.cells if planned.runs or planned.cell.cell_id in elsewhere]
+    served = {(cell.stream, cell.site.layer) for cell in going}
+    cells = list(plan.cells)
+    for i, planned in enumerate(plan.cells):
+        cell, place = planned.cell, (planned.cell.stream, planned.cell.site.layer)
+        if planned.action == "done" and place not in served:
+            served.add(place)
+            if n_missing := len(unscored_beside(cell, plan.workflow, results)):
+                reason = f"its row is there, {n_missing} of the baselines of layer {cell.site.layer} are not"
+                cells[i] = replace(planned, action="baselines", reason=reason)
+    return replace(plan, cells=tuple(cells))
+
+
+def not_scored(plan: Plan, results: ResultsFolder) -> list[str]:
+    """The names of the baselines that a sweep asked for and that have no row although a cell beside them does."""
+    if plan.workflow.retry == "failed":
+        return []
+    names: dict[str, None] = {}
+    done = {(p.cell.stream, p.cell.site.layer): p.cell for p in plan.cells if has_row(results, p.cell.cell_id)}
+    for cell in done.values():
+        try:
+            missing = unscored_beside(cell, plan.workflow, results)
+        except BaselineError as error:
+            names[str(error)] = None
+        else:
+            names |= dict.fromkeys(each.entry.name for each in missing.values())
+    return list(names)
 
 
 def baselines_of(workflow: Workflow, cells: Sequence[Cell]) -> list[Beside]:
@@ -61,13 +102,10 @@ def baselines_of(workflow: Workflow, cells: Sequence[Cell]) -> list[Beside]:
     Raises:
         BaselineError: they changed since they were checked.
     """
-    if workflow.baselines == "none" or workflow.baselines_dir is None:
-        return []
-    root, found = Path(workflow.baselines_dir), []
-    models = {cell.site.layer: cell.model for cell in cells if cell.site.hook_out == "mlp_out"}
-    entries = scan(root)
+    models = {cell.site.layer: cell.model for cell in cells if layers_beside([cell.site])}
+    found = []
     for layer, model in sorted(models.items()):
-        for entry in choose(entries, layer, workflow.baselines_width, workflow.baselines_l0, str(root)):
-            (width,) = check_shapes(entry, model.d_in, model.d_out)["b_enc"]
-            found.append(Beside(entry.site(layer), width))
+        for each in wanted(workflow, layer):
+            (width,) = check_shapes(each.entry, model.d_in, model.d_out)["b_enc"]
+            found.append(Beside(each.site, width))
     return found

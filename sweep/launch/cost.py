@@ -8,7 +8,7 @@ by half.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sweep.cached import Cached, Processor
 from sweep.config import Cell, Model, Site, StreamConfig
@@ -67,6 +67,8 @@ class Setting:
     processor: Processor
     cache_gib: float
     n_causal_rows: int = 0
+    done: frozenset[str] = frozenset()
+    """Cells that train no more; baselines are scored at their layers."""
     beside: Sequence[Beside] = ()
 
 
@@ -106,6 +108,7 @@ class Cost:
 
 def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
     """Cost of training and evaluating cells of one stream in one process."""
+    gang = [trained(cell) if cell.cell_id in setting.done else cell for cell in gang] if setting.done else gang
     stream = gang[0].stream
     model, data, rows = stream.model, stream.data, row_counts(stream.data)
     sites = list(dict.fromkeys(cell.site for cell in gang))
@@ -137,6 +140,11 @@ def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
         + 4.0 * parameters * (1 + 2 * 3)  # the transcoder, and two checkpoints of weights and moments
         + (4.0 * n_params(model) if to_convert else 0),
     )
+
+
+def trained(cell: Cell) -> Cell:
+    """The cell with no step left to take."""
+    return replace(cell, schedule=replace(cell.schedule, steps=0))
 
 
 def reads(gang: Sequence[Cell], setting: Setting, *, keeps: bool) -> tuple[int, int]:

@@ -81,4 +81,7 @@ def value_of(config: DictConfig | None, name: str) -> str:
 
 
 def exit_codes() -> str:
-    return "\nExit codes: 0 every cell is done, 1 a cell failed, 2 the command is wrong, 130 interrupted."
+    return (
+        "\nExit codes: 0 every cell is done, 1 a cell failed or a baseline was not scored, 2 the command is wrong, "
+        "130 interrupted."
+    )

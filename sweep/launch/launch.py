@@ -9,7 +9,7 @@ from sweep.cached import Cached, Processor
 from sweep.config import StreamConfig
 from sweep.errors import ConfigError, SweepError
 from sweep.launch import console
-from sweep.launch.beside import baselines_of, with_baselines
+from sweep.launch.beside import baselines_of, with_baselines, with_done_cells
 from sweep.launch.cost import Cost, Setting, gang_cost, machine_flops, training_flops
 from sweep.launch.jobs import Job, divide
 from sweep.launch.machine import LocalOptions, Slot, find_slots
@@ -38,7 +38,8 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()
         venue = Venue(results, slots, options)
-        plan = make_plan(workflow, cells, results, venue.in_other_hands())
+        elsewhere = venue.in_other_hands()
+        plan = with_done_cells(make_plan(workflow, cells, results, elsewhere), results, elsewhere)
         jobs = shown_jobs(plan, venue)
         if workflow.dry_run:
             return DONE
@@ -91,6 +92,7 @@ def setting_of(plan: Plan, slots: Sequence[Slot], options: LocalOptions | SlurmO
         processor=Processor(gpu, slots[0].n_threads),
         cache_gib=workflow.cache_gib,
         n_causal_rows=workflow.n_causal_rows,
+        done=frozenset(planned.cell.cell_id for planned in plan.cells if planned.action == "baselines"),
         beside=baselines_of(workflow, [planned.cell for planned in plan.cells if planned.runs]),
     )
 

@@ -19,7 +19,8 @@ Composed = tuple[list[str], dict[str, Any] | str]
 
 OPTION_NAMES = {name for _, name, _, _ in option_fields()}
 
-Action = Literal["new", "resume", "retry", "done", "duplicate", "running", "left"]
+Action = Literal["new", "resume", "retry", "baselines", "done", "duplicate", "running", "left"]
+"""`baselines`: the cell is done, and baselines are scored beside it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Planned:
 
     @property
     def runs(self) -> bool:
-        return self.action in ("new", "resume", "retry")
+        return self.action in ("new", "resume", "retry", "baselines")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from types import FrameType
 from sweep.config import Cell, as_json
 from sweep.errors import Interrupted, SweepError
 from sweep.launch import console
+from sweep.launch.beside import not_scored
 from sweep.launch.claims import Claim, Others, claimed
 from sweep.launch.console import plural
 from sweep.launch.endings import part
@@ -133,7 +134,13 @@ def run_rounds(first: Plan, jobs: Sequence[Job], venue: Venue, divide: Callable[
             what = "what was running is saved" if saved else "cells go on from their last checkpoint"
             console.problem(f"interrupted; {what}. To go on:\n    {command()}")
             return INTERRUPTED
-        return tell(first.asked, results, Together(*followed))
+        code = tell(first.asked, results, Together(*followed))
+        if followed and (missing := not_scored(first, results)):
+            console.problem(
+                f"baselines not scored: {', '.join(missing)}; the logs of the cells at their layer tell why"
+            )
+            return NOT_DONE
+        return code
 
 
 def begin(plan: Plan, results: ResultsFolder) -> str:
@@ -145,7 +152,7 @@ def begin(plan: Plan, results: ResultsFolder) -> str:
         remove_leftovers(results.sweeps)
         sweep_id = record(plan, results)
     for planned in plan.cells:
-        if planned.action == "done":
+        if planned.action in ("done", "baselines"):
             settle(results, planned.cell.cell_id, keep_checkpoints=plan.workflow.keep_checkpoints)
     return sweep_id
 

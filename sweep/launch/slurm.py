@@ -49,11 +49,15 @@ KEPT_VARIABLES = ("SLURM_CONF",)
 
 @dataclass(frozen=True)
 class Submission:
-    """One array, or one job: its folder, and the cells of each element. `slurm_id` is empty until sbatch answered."""
+    """One array, or one job: its folder, and the cells of each element. `slurm_id` is empty until sbatch answered.
+
+    `for_rows`: whether its end can be told by the rows of its cells, none of which was finished when it went out.
+    """
 
     folder: LaunchFolder
     jobs: tuple[tuple[str, ...], ...]
     slurm_id: str = ""
+    for_rows: bool = True
 
     @property
     def name(self) -> str:
@@ -63,7 +67,8 @@ class Submission:
         return f"{self.slurm_id}_{index}" if len(self.jobs) > 1 else self.slurm_id
 
     def write(self) -> None:
-        write_json(self.folder.submission, {"jobs": [list(cells) for cells in self.jobs], "slurm_id": self.slurm_id})
+        values = {"jobs": [list(cells) for cells in self.jobs], "slurm_id": self.slurm_id, "for_rows": self.for_rows}
+        write_json(self.folder.submission, values)
 
     @classmethod
     def read(cls, root: Path) -> "Submission | None":
@@ -72,7 +77,7 @@ class Submission:
         try:
             found = read_object(folder.submission, MAX_RECORD_BYTES)
             jobs = tuple(tuple(str(cell_id) for cell_id in cells) for cells in found["jobs"])
-            return cls(folder, jobs, str(found["slurm_id"]))
+            return cls(folder, jobs, str(found["slurm_id"]), bool(found.get("for_rows", True)))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -118,7 +123,7 @@ def follow(results: ResultsFolder, *, finished: bool = False) -> list[Followed]:
     """
     roots = [root for root in results.slurm.glob("*/") if not LaunchFolder(root).over.exists()]
     submissions = [Submission.read(root) for root in sorted(roots, key=lambda root: root.stat().st_mtime)]
-    known = [each for each in submissions if each is not None and (finished or not has_rows(each, results))]
+    known = [each for each in submissions if each and (finished or not (each.for_rows and has_rows(each, results)))]
     seen = {(each.name, each.index): each for each in ask([submission.name for submission in known])}
     return [
         Followed(submission, index, seen.get((submission.name, index)))
@@ -185,7 +190,8 @@ def send(
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     root = Path(tempfile.mkdtemp(dir=results.slurm, prefix="")).absolute()
-    submission = Submission(LaunchFolder(root), tuple(jobs))
+    for_rows = not any(results.row("runs", cell_id).exists() for cells in jobs for cell_id in cells)
+    submission = Submission(LaunchFolder(root), tuple(jobs), for_rows=for_rows)
     for index, cell_ids in enumerate(jobs):
         payload.describe(submission.folder.job(index), cell_ids, workflow, None)
     submission.write()
