@@ -1,7 +1,8 @@
 """Folders in Google's exact layout, made from arrays: `from gemma_scope import random_arrays, write_first`.
 
 `python -m tests.gemma_scope RESULTS FOLDER` makes a family of Gemma Scope out of the cells of a sweep: those that read
-norm_unit.
+norm_unit. `python -m tests.gemma_scope RESULTS/cells/CELL FOLDER` makes one of Gemma Scope 2 out of a cell that reads
+norm_out: the same weights at five thresholds.
 """
 
 import json
@@ -94,5 +95,37 @@ def write_family(results: Path, root: Path) -> None:
             write_first(root, weights, site["layer"], l0)
 
 
+SECOND = (
+    ("transcoder_all", "small"), ("transcoder", "small"), ("transcoder", "medium"), ("transcoder", "big"),
+    ("transcoder_all", "big"),
+)  # fmt: skip
+"""Folders of Gemma Scope 2 for one layer and width, in the order in which they are filled here: the densest last."""
+
+
+def write_thresholds(cell: Path, root: Path, l0s: tuple[int, ...] = (4, 8, 16, 32)) -> None:
+    """A cell's transcoder at these L0s, and as it is: of a family whose last point is known."""
+    import torch
+
+    from sweep.paths import CacheFolder
+    from sweep.progress import silent
+    from sweep.saved import open_saved
+    from sweep.score import Rows
+    from sweep.tokens import row_counts
+
+    saved = open_saved(cell)
+    site, transcoder = saved.cell.site, saved.load("cpu")
+    n_rows = row_counts(saved.cell.data)["heldout"]
+    rows = Rows(saved.cell, [site], n_rows, CacheFolder(saved.default_cache), "cpu", silent)
+    pre = torch.cat([block[site].source @ transcoder.W_enc + transcoder.b_enc for block in rows.blocks()])
+    weights = {name: getattr(transcoder, name).numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    assert transcoder.threshold is not None
+    thresholds = [float(pre.flatten().kthvalue(pre.numel() - l0 * len(pre)).values) for l0 in l0s]
+    for (kind, size), threshold in zip(SECOND, [*thresholds, float(transcoder.threshold[0])], strict=True):
+        l0 = float((pre > threshold).sum()) / len(pre)
+        arrays = weights | {"threshold": np.full(pre.shape[1], threshold, np.float32)}
+        write_second(root, arrays, site.layer, round(l0), size, kind=kind)
+
+
 if __name__ == "__main__":
-    write_family(*map(Path, sys.argv[1:]))
+    source, target = map(Path, sys.argv[1:])
+    (write_thresholds if (source / "transcoder").is_dir() else write_family)(source, target)
