@@ -7,6 +7,7 @@ metrics are. A row whose sequences are missing, or are not the baselines', has a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Measure:
     """Of a row of `runs`; NaN where it has none."""
     sequence_loss: pl.Expr
     """Of a row of `sequences`, not divided by what all transcoders have in common; null where it was not run."""
+    on_some: bool = False
+    """It is taken on the first rows only, more for one transcoder than for another."""
 
     def losses_of(self, rows: Sequence[Row]) -> list[float]:
         """Of the rows that have one."""
@@ -52,6 +55,7 @@ MEASURES = (
         "cross-entropy added",
         lambda row: _number(row["ce_spliced"]) - _number(row["ce_clean"]),
         pl.col("sum_ce_spliced") - pl.col("sum_ce_clean"),
+        on_some=True,
     ),
 )
 """All rows of a group share the variance of the targets, and the clean and ablated runs."""
@@ -137,18 +141,23 @@ def _columns(measure: Measure, row: Row, at: Placement) -> Row:
 
 
 Series = Array
-"""[3, sequences]: loss, active latents and number of tokens of every held-out sequence."""
+"""[4, sequences]: number, loss, active latents and number of tokens of every held-out sequence."""
 
 
 def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> dict[str, Series]:
-    """The sums of every row that has all of them, the mean over its seeds."""
+    """The sums of every row that has all of them, the mean over its seeds; of a measure taken on some sequences, on
+    those that all have.
+    """
     ids = {row["cell_id"]: row.get("cell_ids") or [row["cell_id"]] for row in rows}
     values = [value.cast(pl.Float64) for value in (measure.sequence_loss, pl.col("sum_l0"), pl.col("n_tokens"))]
     wanted = pl.col("cell_id").is_in([cell_id for seeds in ids.values() for cell_id in seeds])
     frame = sequences.filter(wanted, measure.sequence_loss.is_not_null())
-    frame = frame.sort("cell_id", "sequence").select("cell_id", *values)
+    frame = frame.sort("cell_id", "sequence").select("cell_id", pl.col("sequence").cast(pl.Float64), *values)
     parts = frame.partition_by("cell_id", as_dict=True, include_key=False)
     arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
+    if measure.on_some and arrays:
+        common = reduce(np.intersect1d, [array[0] for array in arrays.values()])
+        arrays = {cell_id: array[:, np.isin(array[0], common)] for cell_id, array in arrays.items()}
     found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}
     return {
         name: np.mean(seeds, 0)
@@ -159,15 +168,15 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
 
 def _paired(row: Row, edge: Sequence[Row], series: dict[str, Series]) -> bool:
     """Whether a row and all points of the frontier have sums for the same number of tokens in the same sequences."""
-    tokens = [series[one["cell_id"]][2] for one in (row, *edge) if one["cell_id"] in series]
+    tokens = [series[one["cell_id"]][3] for one in (row, *edge) if one["cell_id"] in series]
     return len(tokens) == 1 + len(edge) and all(np.array_equal(tokens[0], other) for other in tokens)
 
 
 def _total(row: Row, measure: Measure) -> Series:
     """What the row itself says, as if of one sequence of one token."""
-    return np.array([[measure.loss_of(row)], [_number(row["l0"])], [1.0]])
+    return np.array([[0.0], [measure.loss_of(row)], [_number(row["l0"])], [1.0]])
 
 
 def _sums(rows: Sequence[Row], series: dict[str, Series]) -> Sums:
-    loss, l0, n_tokens = np.array([series[row["cell_id"]] for row in rows]).swapaxes(0, 1)
+    _, loss, l0, n_tokens = np.array([series[row["cell_id"]] for row in rows]).swapaxes(0, 1)
     return Sums(loss, l0, n_tokens[0])

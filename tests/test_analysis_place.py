@@ -196,13 +196,13 @@ def test_records_of_baselines_have_no_place(results: Path) -> None:
 
 
 def test_cross_entropy_is_placed_on_the_rows_the_language_model_ran_on(tmp_path: Path) -> None:
-    """The cross-entropy that a prediction adds stands in for the FVU; most rows were not run."""
+    """The cross-entropy that a prediction adds stands in for the FVU; most rows were not run, and more for one cell."""
     n_run = 12
 
-    def write_spliced(name: str, l0: float, added: float, **row: Any) -> None:
+    def write_spliced(name: str, l0: float, added: float, more: int = 0, **row: Any) -> None:
         rows = sequences(l0, 0.5, 0)
         for i, sequence in enumerate(rows):
-            clean = 60.0 + i if i < n_run else None
+            clean = 60.0 + i if i < n_run + more else None
             sequence |= {"sum_ce_clean": clean, "sum_ce_spliced": None if clean is None else clean + 30 * added}
         means = {"ce_clean": 2.0, "ce_spliced": 2.0 + added, "ce_recovered_zero": 1 - added}
         write_cell(tmp_path, name, l0=l0, fvu=0.5, sequences=rows, **means, **row)
@@ -210,7 +210,7 @@ def test_cross_entropy_is_placed_on_the_rows_the_language_model_ran_on(tmp_path:
     for name, l0, added in (("low", 8.0, 0.8), ("high", 32.0, 0.2)):
         write_spliced(name, l0, added, kind="baseline", baseline=f"layer_1/{name}")
     write_spliced("ours", 16.0, 0.3, options={"lr": 0.001})
-    write_spliced("worse", 16.0, 0.5, options={"lr": 0.002})
+    write_spliced("worse", 16.0, 0.5, 4, options={"lr": 0.002})
     group = ranked(tmp_path, "ce_recovered_zero")
     standing = group.ordered_by
     assert standing is not None and (standing.measure.name, standing.n_sequences) == ("ce", n_run)
