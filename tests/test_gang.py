@@ -12,7 +12,7 @@ from make import make_cell
 from sweep.config import as_json
 from sweep.errors import Interrupted
 from sweep.job import run_gang
-from sweep.launch.launch import freeze
+from sweep.launch.rounds import freeze
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
 from sweep.progress import silent
 from sweep.status import read_status

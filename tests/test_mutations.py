@@ -31,8 +31,8 @@ from sweep.foreign import options_in
 from sweep.language_model import Activations
 from sweep.launch import folder as folder_command
 from sweep.launch.console import out
-from sweep.launch.launch import freeze
 from sweep.launch.plan import look_up
+from sweep.launch.rounds import freeze
 from sweep.launch.slurm import Submission
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder, write_json
 from sweep.progress import Snapshot
