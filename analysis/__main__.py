@@ -293,7 +293,8 @@ def write_whole(content: bytes, path: Path, option: str) -> None:
     try:
         write_atomic(path, content)
     except OSError as error:
-        raise ResultsError(f"{option} {path} cannot be written ({error}); choose another place") from error
+        why = error.strerror or error
+        raise ResultsError(f"{option} {path} cannot be written ({why}); choose another place") from error
 
 
 def latents_named(words: str) -> list[int]:

@@ -1,8 +1,9 @@
 """What each swept option did, the others held fixed.
 
 1. Runs are grouped as in a ranking: only FVUs of the same rows and weights are subtracted.
-2. Two runs are a pair if they differ in one option, seeds equal too. Values that follow another option (groups follow
-   dict_size, warmup_steps follows steps, min_lr follows lr) count as equal if they are the same fraction of it.
+2. Two runs are a pair if they differ in one option, seeds equal too. Values that follow another option (steps follow
+   the text and batch_size, groups dict_size, warmup_steps steps, min_lr lr) count as equal if they are the same
+   fraction of it. Each value is compared with the smallest one it has pairs with.
 3. The change of a metric is the mean over pairs, with Student's 95% interval.
 4. Options A, B and C change several values at once: a run has a preset of conf/ if its values are those that the
    preset would give it, whatever was typed.
@@ -11,7 +12,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any
 import polars as pl
 from omegaconf import OmegaConf
 
-from analysis.rank import (
+from analysis.rows import (
+    FOLLOWS,
     KEY,
     METRIC_NAMES,
     OPTIONS,
-    RELATIVE_TO,
+    TEXT,
     Row,
     as_list,
     common_fraction,
@@ -91,20 +93,45 @@ def effects(runs: pl.DataFrame) -> list[Effects]:
 def _group(key: Row, rows: list[Row]) -> Effects:
     found: list[Effect] = []
     unmatched: list[str] = []
-    for letter, group in IMPROVEMENTS.items():
-        for origin in FROM:
-            if pairs := _improvement_pairs(rows, group, origin):
-                found += _changes(f"{letter} {group}", origin, "improved", pairs)
+    together: set[str] = set()
+    for (letter, group), origin in itertools.product(IMPROVEMENTS.items(), FROM):
+        if pairs := _improvement_pairs(rows, group, origin):
+            found += _changes(f"{letter} {group}", origin, "improved", pairs)
+            together |= _resolved(preset(group, origin)) | _resolved(preset(group, "improved"))
     for name in OPTIONS:
-        levels: dict[str, list[Row]] = defaultdict(list)
-        for row in sorted(rows, key=lambda row: _order(row[name])):
-            levels[_level(row, name)].append(row)
-        (first, here), *others = levels.items()
-        changes = [_changes(name, first, value, _pairs(here, there, {name})) for value, there in others]
-        found += itertools.chain.from_iterable(changes)
-        if others and not any(changes):
+        if common_fraction(name, rows):
+            continue
+        levels = _levels(rows, name)
+        changes = [effect for steps in _steps(levels, name) for effect in _changes(name, *steps)]
+        found += changes
+        if len(levels) > 1 and not changes and name not in together:
             unmatched.append(name)
     return Effects(key, found, unmatched)
+
+
+def _levels(rows: list[Row], name: str) -> dict[str, list[Row]]:
+    """Runs by the value of an option as text, the smallest first; by its fraction of another where that varies."""
+    base = FOLLOWS.get(name)
+    relative = base is not None and len({base.of(row) for row in rows}) > 1
+    levels: dict[str, list[Row]] = defaultdict(list)
+
+    def size(row: Row) -> Any:
+        whole = base.of(row) if base and relative else 0
+        return [value / whole for value in as_list(row[name])] if whole and row[name] is not None else row[name]
+
+    for row in sorted(rows, key=lambda row: _order(size(row))):
+        fraction = common_fraction(name, [row]) if relative else None
+        levels[fraction or compact(row[name])].append(row)
+    return levels
+
+
+def _steps(levels: Mapping[str, list[Row]], name: str) -> Iterator[tuple[str, str, list[Pair]]]:
+    """From one value of an option to another, and the pairs: each value from the first that it has pairs with."""
+    for i, there in enumerate(levels):
+        for here in itertools.islice(levels, i):
+            if pairs := _pairs(levels[here], levels[there], {name}):
+                yield here, there, pairs
+                break
 
 
 def _improvement_pairs(rows: list[Row], group: str, origin: str) -> list[Pair]:
@@ -118,8 +145,12 @@ def _improvement_pairs(rows: list[Row], group: str, origin: str) -> list[Pair]:
 
 
 def _pairs(here: list[Row], there: list[Row], changed: Collection[str]) -> list[Pair]:
-    """Pairs that are equal in all options but those `changed`, in seed and in text."""
-    followers = [name for name in RELATIVE_TO if name not in changed]
+    """Pairs that are equal in all options but those `changed`, in seed and in text.
+
+    Of several partners that differ in what follows another option, those that follow it count.
+    """
+    followers = [name for name in FOLLOWS if name not in changed]
+    history = ["schema_version"] if set(changed) & set(TEXT) else ["schema_version", "tokens_hash"]
     fixed = [name for name in OPTIONS if name not in changed and name not in followers]
 
     def follows(name: str, a: Row, b: Row) -> bool:
@@ -128,12 +159,22 @@ def _pairs(here: list[Row], there: list[Row], changed: Collection[str]) -> list[
         return bool(a[name] == b[name] or common_fraction(name, [a, b]))
 
     def equal(row: Row) -> tuple[Any, ...]:
-        return tuple(frozen(row[name]) for name in (*fixed, "seed", "tokens_hash", "schema_version"))
+        return tuple(frozen(row[name]) for name in (*fixed, "seed", *history))
 
     alike: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in there:
         alike[equal(row)].append(row)
-    return [(a, b) for a in here for b in alike[equal(a)] if all(follows(name, a, b) for name in followers)]
+    pairs = [(a, b) for a in here for b in alike[equal(a)] if all(follows(name, a, b) for name in followers)]
+    closeness = [sum(common_fraction(name, pair) is not None for name in followers) for pair in pairs]
+    closest: dict[str, int] = defaultdict(int)
+    for pair, close in zip(pairs, closeness, strict=True):
+        for row in pair:
+            closest[row["cell_id"]] = max(closest[row["cell_id"]], close)
+    return [
+        (a, b)
+        for (a, b), close in zip(pairs, closeness, strict=True)
+        if close == closest[a["cell_id"]] == closest[b["cell_id"]]
+    ]
 
 
 def _changes(option: str, from_value: str, to_value: str, pairs: Sequence[Pair]) -> list[Effect]:
@@ -149,14 +190,6 @@ def _changes(option: str, from_value: str, to_value: str, pairs: Sequence[Pair])
         change, mean_from, mean_to = (math.fsum(part) / len(known) for part in (differences, *zip(*known, strict=True)))
         found.append(Effect(option, from_value, to_value, metric, len(known), change, low, high, mean_from, mean_to))
     return found
-
-
-def _level(row: Row, name: str) -> str:
-    """The value of an option as text; of one that follows another, its fraction of that to two digits."""
-    base = RELATIVE_TO.get(name)
-    if base is None or not row[base] or row[name] is None:
-        return compact(row[name])
-    return f"{','.join(f'{value / row[base]:.2g}' for value in as_list(row[name]))}*{base}"
 
 
 def _order(value: Any) -> tuple[bool, bool, Any]:

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from analysis.effects import Effect, Effects
-from analysis.rank import compact
+from analysis.rows import compact
 from analysis.show import as_table, as_text
 
 __all__ = ["SHOWN", "effects_text"]
@@ -13,6 +13,7 @@ __all__ = ["SHOWN", "effects_text"]
 SHOWN = ("fvu", "fvu_per_dimension", "l0", "dead_fraction", "absorption_score")
 HOW = (
     "change of the mean from the first value to the second, over pairs of runs equal in all other options and in seed",
+    "steps, warmup_steps, min_lr and groups count as equal where they are the same fraction of what they follow",
     "±: 95% interval over the pairs (Student); none for a single pair. ! where it does not hold zero",
     "A change of FVU that comes with a change of L0 is not one at equal sparsity",
 )

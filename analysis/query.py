@@ -1,8 +1,10 @@
 """SQL over the tables of a results folder."""
 
 import contextlib
+import difflib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -19,7 +21,8 @@ def query(results: Path, sql: str) -> tuple[pl.DataFrame, list[Loaded]]:
     """The answer to one SQL statement, and the tables it was taken from; only those it names are read.
 
     Raises:
-        ConfigError: polars does not understand the statement; the message lists tables and columns.
+        ConfigError: polars does not understand the statement, or it is none that gives rows; the message lists
+            tables and columns.
         ResultsError: `results` is not a results folder.
     """
     named = tables_named(sql)
@@ -27,7 +30,10 @@ def query(results: Path, sql: str) -> tuple[pl.DataFrame, list[Loaded]]:
     frames = {table: pl.LazyFrame(schema=polars_schema(table)) for table in TABLES}
     frames |= {part.table: part.frame for part in loaded}
     with _explained(named or TABLES):
-        return pl.SQLContext(frames).execute(sql, eager=True), loaded
+        frame = pl.SQLContext(frames).execute(sql, eager=True)
+    if not frame.width:
+        raise ConfigError(f"SQL: {sql.strip()} gives no rows; nothing can be changed here, begin with select or with")
+    return frame, loaded
 
 
 def where(runs: pl.LazyFrame, condition: str) -> pl.LazyFrame:
@@ -36,7 +42,7 @@ def where(runs: pl.LazyFrame, condition: str) -> pl.LazyFrame:
     Raises:
         ConfigError: polars does not understand the condition; the message lists the columns.
     """
-    with _explained(["runs"]):
+    with _explained(["runs"], condition):
         return runs.filter(pl.sql_expr(condition)).collect().lazy()
 
 
@@ -47,14 +53,24 @@ def tables_named(sql: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _explained(tables: Iterable[str]) -> Iterator[None]:
-    """Turn polars' refusal into one line of its words and the names it could have had."""
+def _explained(tables: Iterable[str], condition: str | None = None) -> Iterator[None]:
+    """Turn polars' refusal into one line of its words, with the nearest name, and the names it could have had."""
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         problem, _, _ = first_line(error).partition("; valid columns:")
-        names = [f"{table}: {', '.join(column.name for column in TABLES[table])}" for table in tables]
-        others = [table for table in TABLES if table not in tables]
+        if condition is not None:
+            problem += f" in the condition {condition!r}"
+        columns = {table: [column.name for column in TABLES[table]] for table in tables}
+        known = [*itertools.chain.from_iterable(columns.values()), *TABLES]
+        if near := [name for word in re.findall(r"""['"](\w+)['"]""", problem) for name in _near(word, known)]:
+            problem += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
+        names = [f"{table}: {', '.join(part)}" for table, part in columns.items()]
+        others = [table for table in TABLES if table not in columns]
         if others:
             names.append(f"more tables: {', '.join(others)} (python -m analysis schema)")
         raise ConfigError(f"SQL: {problem}", *names) from error
+
+
+def _near(word: str, known: Sequence[str]) -> list[str]:
+    return [] if word in known else difflib.get_close_matches(word, known, n=2)

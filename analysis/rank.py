@@ -22,45 +22,15 @@ from typing import Any
 import polars as pl
 
 from analysis.place import MEASURES, PLACE_COLUMNS, Standing, standings
+from analysis.rows import HISTORY, KEY, METRIC_NAMES, OPTIONS, Row, comparable, number, same_and_varying
 from analysis.spread import Spread, pooled
 from sweep.baselines.published import Published, published_for
-from sweep.config import SLICES, Cell, frozen
+from sweep.config import frozen
 from sweep.errors import ConfigError
-from sweep.options import option_fields
 from sweep.results import METRICS
 
-__all__ = [
-    "FIELDS",
-    "KEY",
-    "METRIC_NAMES",
-    "OPTIONS",
-    "RELATIVE_TO",
-    "Group",
-    "as_list",
-    "common_fraction",
-    "compact",
-    "comparable",
-    "number",
-    "pareto_front",
-    "rank",
-    "records",
-]
+__all__ = ["FIELDS", "Group", "pareto_front", "rank", "records"]
 
-KEY = ("model", "layer", "hook_out", "heldout_hash", "model_hash", "model_dtype", "activation_dtype")
-"""Runs that agree on these were measured on the same vectors, so their FVUs compare."""
-
-OPTIONS = tuple(
-    name
-    for kind, name, _, metadata in option_fields()
-    if kind in (*SLICES.values(), Cell) and metadata["identity"] and name not in (*KEY, "seed")
-)
-ALWAYS = ("dict_size", "top_k")
-"""Options that have a column even where they do not vary."""
-
-HISTORY = ("tokens_hash", "schema_version")
-"""Not options, but a group in which they vary must say so."""
-
-METRIC_NAMES = tuple(column.name for column in METRICS)
 RANKABLE = {column.name: column.better for column in METRICS if column.better}
 """Metrics one can rank by, and which way is better."""
 
@@ -72,11 +42,6 @@ FIELDS = tuple(dict.fromkeys((*HEAD, *PLACE_COLUMNS, *METRIC_NAMES, *OPTIONS, *I
 
 AT_EQUAL_L0 = (*(name for measure in MEASURES for name in measure.metrics), "fvu_per_dimension", "cosine", "kl")
 """Metrics that more active latents improve: without a ratio their order means something at equal L0 only."""
-
-RELATIVE_TO = {"groups": "dict_size", "warmup_steps": "steps", "min_lr": "lr"}
-"""Options that presets give as a fraction of another: they vary only where the fraction does."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -126,14 +91,6 @@ def rank(runs: pl.DataFrame, by: str = "fvu", sequences: pl.DataFrame | None = N
     return [_group(dict(zip(KEY, key, strict=True)), rows, list(found), by, sequences) for key, rows in found.items()]
 
 
-def comparable(runs: pl.DataFrame) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by the values of `KEY`: models in alphabetical order, layers by number."""
-    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in runs.to_dicts():
-        found[tuple(row[name] for name in KEY)].append(row)
-    return dict(sorted(found.items(), key=lambda item: (str(item[0][0]), number(item[0][1]), *map(str, item[0][2:]))))
-
-
 def _group(
     key: Row, runs: list[Row], keys: Sequence[tuple[Any, ...]], by: str, sequences: pl.DataFrame | None
 ) -> Group:
@@ -164,7 +121,7 @@ def _group(
     )
     order = group.ordered_by
     _order(group, spreads[by] if order is None else pooled([order.measure.losses_of(cell) for cell in cells]))
-    same, varying = _same_and_varying(rows)
+    same, varying = same_and_varying(rows)
     return replace(group, same=same, varying=varying, notes=list(_notes(group, varying, keys, spreads[by])))
 
 
@@ -252,11 +209,6 @@ def _ties(first: Row, row: Row, by: str, spread: Spread | None, standing: Standi
     return any(said) if said else None
 
 
-def number(value: float | None) -> float:
-    """A number that sorts: what is missing or not a number comes last."""
-    return math.inf if value is None or math.isnan(value) else value
-
-
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Marks the points (l0, fvu) for which no other has both a lower or equal l0 and a lower fvu."""
     marks = [False] * len(points)
@@ -266,56 +218,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
         marks[i] = fvu <= best and math.isfinite(fvu)
         best = min(best, fvu)
     return marks
-
-
-def _same_and_varying(rows: list[Row]) -> tuple[dict[str, str], list[str]]:
-    same: dict[str, str] = {}
-    varying: list[str] = []
-    if not rows:
-        return same, varying
-    for name in (*OPTIONS, *HISTORY):
-        if name in ALWAYS:
-            continue
-        if all(row[name] == rows[0][name] for row in rows):
-            if name in OPTIONS and rows[0][name] not in (None, ""):
-                same[name] = compact(rows[0][name])
-        elif fraction := common_fraction(name, rows):
-            same[name] = fraction
-        else:
-            varying.append(name)
-    return same, varying
-
-
-def common_fraction(name: str, rows: list[Row]) -> str | None:
-    """`0.125,0.25,1*dict_size` where that gives the value of every row, whole numbers by rounding."""
-    base = RELATIVE_TO.get(name)
-    if base is None or any(not row[base] or row[name] is None for row in rows):
-        return None
-    values = [as_list(row[name]) for row in rows]
-    if len({len(value) for value in values}) > 1:
-        return None
-    fractions = []
-    for column in zip(*values, strict=True):
-        slack = [0.5 if isinstance(value, int) else 1e-9 * abs(value) for value in column]
-        low = max((v - s) / row[base] for v, s, row in zip(column, slack, rows, strict=True))
-        high = min((v + s) / row[base] for v, s, row in zip(column, slack, rows, strict=True))
-        if low >= high and any(column):
-            return None
-        fractions.append((low + high) / 2)
-    return f"{','.join(f'{fraction:.4g}' for fraction in fractions)}*{base}"
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def compact(value: Any) -> str:
-    """A value in the words of the command line, hashes cut to ten digits."""
-    if isinstance(value, list):
-        return f"[{','.join(compact(item) for item in value)}]"
-    if isinstance(value, str) and len(value) >= 40 and set(value) <= set("0123456789abcdef"):
-        return value[:10]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], spread: Spread | None) -> Iterator[str]:

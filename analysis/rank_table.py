@@ -6,7 +6,8 @@ from typing import Any
 
 from analysis.frontier import N_RESAMPLES
 from analysis.place import Standing
-from analysis.rank import ALWAYS, Group, compact, number
+from analysis.rank import Group
+from analysis.rows import ALWAYS, compact, number
 from analysis.show import as_table, as_text, readable
 from sweep.baselines.published import Published
 from sweep.config import SLICES, Cell

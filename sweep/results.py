@@ -228,7 +228,7 @@ RUNS = (
 CURVES = (
     CELL_ID,
     Column("step", "int64", "training step, from 0", unit="steps"),
-    Column("metric", "string", "loss, loss_<prefix>, aux_loss, l0, n_dead, lr"),
+    Column("metric", "string", "loss, loss_<prefix>, aux_loss, fvu, l0, n_dead, lr"),
     Column("value", "float64", "its value in that step", unit="that of its metric"),
 )
 

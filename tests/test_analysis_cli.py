@@ -179,6 +179,9 @@ def test_query_says_how_many_rows_it_did_not_show(results: Path):
     ("sql", "problem", "names"),
     [
         ("select width from runs", 'unable to find column "width"', "runs: cell_id, kind"),
+        ("select fuv from runs", "did you mean fvu", "runs: cell_id, kind"),
+        ("select fvu from run", "did you mean runs", "runs: cell_id, kind"),
+        ("drop table runs", "nothing can be changed here", "begin with select"),
         ("select * from cells", "'cells' was not found", "curves: cell_id, step, metric, value"),
         ("selec", "sql parser error", "sequences: cell_id"),
         ("select fvu from runs where fvu = 'low'", "cannot compare string", "more tables: curves, latents"),

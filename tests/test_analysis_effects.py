@@ -88,6 +88,32 @@ def test_every_value_is_compared_with_the_first(tmp_path: Path):
     assert group["lr", "0.001", "0.01"].low is None
 
 
+def test_a_value_the_first_has_no_pair_with_is_compared_with_the_next(tmp_path: Path):
+    for i, (width, top_k) in enumerate([(64, 4), (128, 8), (256, 8)]):
+        write_cell(tmp_path, f"c{i}", options={"dict_size": width, "top_k": top_k})
+    group = found(tmp_path)
+    assert (set(of(group)), group.unmatched) == ({("dict_size", "128", "256")}, ["top_k"])
+
+
+def test_steps_follow_the_batch_size(tmp_path: Path):
+    """As many passes over the text are preferred to as many steps."""
+    for i, (batch, steps) in enumerate([(64, 32), (48, 42), (48, 32)]):
+        write_cell(tmp_path, f"c{i}", options={"batch_size": batch, "steps": steps, "warmup_steps": 1}, fvu=0.1 * i)
+    group = of(found(tmp_path))
+    assert {key: (e.n_pairs, e.change) for key, e in group.items() if key[0] == "batch_size"} == {
+        ("batch_size", "48", "64"): (1, pytest.approx(-0.1))
+    }
+    assert group["steps", "0.76*n_tokens/batch_size", "1*n_tokens/batch_size"].n_pairs == 1
+
+
+def test_more_text_is_compared_with_less(tmp_path: Path):
+    for i, n_tokens in enumerate((2048, 4096)):
+        options = {"n_tokens": n_tokens, "steps": n_tokens // 64, "warmup_steps": 0}
+        write_cell(tmp_path, f"c{i}", options=options, tokens_hash=str(i) * 64)
+    group = found(tmp_path)
+    assert (set(of(group)), group.unmatched) == ({("n_tokens", "2048", "4096")}, [])
+
+
 def test_a_metric_one_run_lacks_is_left_to_the_other_pairs(tmp_path: Path):
     for i, (lr, seed) in enumerate(itertools.product((1e-3, 2e-3), (0, 1))):
         write_cell(tmp_path, f"c{i}", options={"lr": lr, "seed": seed}, mse=None if i == 0 else float(i))
@@ -127,8 +153,10 @@ def test_improvements_are_known_by_their_values(
         row = {key: list(v) if isinstance(v, tuple) else v for key, v in make_cell(**LONG, **options).flat().items()}
         assert has_preset(row, preset(group, name))
         assert not has_preset(row, preset(group, "improved" if name == "base" else "base"))
-    effect = of(found(tmp_path))[f"{letter} {group}", "base", "improved"]
+    changes = found(tmp_path)
+    effect = of(changes)[f"{letter} {group}", "base", "improved"]
     assert (effect.n_pairs, effect.change) == (1, pytest.approx(-0.1))
+    assert changes.unmatched == []
 
 
 def test_one_value_off_is_no_improvement(tmp_path: Path):

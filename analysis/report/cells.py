@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from analysis.rank import ALWAYS, HISTORY, Group, Row, compact
+from analysis.rank import Group
+from analysis.rows import ALWAYS, HISTORY, Row, compact
 from sweep.config import SLICES, Cell
 from sweep.results import METRICS
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from analysis.rank import Group, Row, number
+from analysis.rank import Group
 from analysis.report.cells import field, label
+from analysis.rows import Row, number
 
 __all__ = ["facts", "place_of", "sentences", "title"]
 

@@ -13,11 +13,12 @@ from markupsafe import Markup
 
 from analysis.effects import effects
 from analysis.query import where as chosen_by
-from analysis.rank import KEY, comparable, rank
+from analysis.rank import rank
 from analysis.report.charts import specs
 from analysis.report.latents import CHOICES, LatentPage, latent_page, the_cell
 from analysis.report.place import MAX_DRAWN, Place, drawn, make_place
 from analysis.report.sweeps import Sweep, sweeps_of
+from analysis.rows import KEY, comparable
 from analysis.show import plain
 from analysis.tables import load_table, what_to_run
 from sweep.results import METRICS

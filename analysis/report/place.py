@@ -10,13 +10,14 @@ import polars as pl
 
 from analysis.effects import Effect, Effects
 from analysis.effects_table import SHOWN
-from analysis.rank import ALWAYS, Group, Row, compact, number, pareto_front
+from analysis.rank import Group, pareto_front
 from analysis.report import headline
 from analysis.report.cells import Field, configs, label, named_by, rounded, table_columns, table_row
 from analysis.report.charts import CELL, MEASURED, PUBLISHED
 from analysis.report.curves import thinned
 from analysis.report.histograms import cosines, densities
 from analysis.report.sweeps import Sweep
+from analysis.rows import ALWAYS, Row, compact, number
 from sweep.results import METRICS
 
 __all__ = ["MAX_DRAWN", "Place", "drawn", "make_place"]
