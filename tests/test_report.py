@@ -21,6 +21,7 @@ from analysis.report.curves import MAX_POINTS_PER_CURVE, thinned
 from analysis.report.decoder import neighbours
 from analysis.report.histograms import cosines, densities
 from analysis.report.page import Request, report
+from analysis.report.place import drawn
 from sweep.errors import ConfigError, ResultsError
 from sweep.paths import ResultsFolder, write_json
 
@@ -193,6 +194,32 @@ def test_a_decoder_that_is_missing_or_damaged_is_named(tmp_path: Path):
         neighbours(tmp_path, [0])
 
 
+@given(n_runs=st.integers(0, 300), n=st.integers(2, 80))
+def test_of_many_runs_the_best_half_and_others_down_to_the_last_are_drawn(n_runs: int, n: int):
+    ids = [str(i) for i in range(n_runs)]
+    chosen = drawn([{"cell_ids": ids[i : i + 2]} for i in range(0, n_runs, 2)], n)
+    assert len(set(chosen)) == len(chosen) == min(n, n_runs)
+    assert chosen == sorted(chosen, key=int)
+    assert chosen[: n // 2] == ids[: n // 2]
+    assert chosen[-1:] == ids[-1:]
+
+
+def test_ranks_that_would_lie_on_each_other_are_not_written(tmp_path: Path):
+    for i, (l0, fvu) in enumerate([(4.0, 0.9), (4.001, 0.899), (8.0, 0.5), (64.0, 0.1)]):
+        write_cell(tmp_path, f"c{i}", options={"lr": 1e-3 * (i + 1)}, l0=l0, fvu=fvu)
+    (place,) = payload(report(tmp_path, Request())[0])["places"]
+    assert [point["rank"] for point in place["front"] if point["front"]] == [1, 2, 3, 4]
+    assert [point["rank"] for point in place["front"] if point["labelled"]] == [1, 2, 3]
+
+
+def test_a_single_seed_says_whose_spread_its_interval_is(tmp_path: Path):
+    for i, seed in enumerate((0, 1)):
+        write_cell(tmp_path, f"c{i}", options={"seed": seed}, fvu=0.5 + 0.01 * i)
+    write_cell(tmp_path, "best", options={"lr": 1e-2}, fvu=0.3)
+    html, _ = report(tmp_path, Request())
+    assert "(95%, one seed: spread of other cells&#39; seeds)" in html
+
+
 @given(n=st.integers(1, 1500))
 def test_thinned_curves_keep_their_mean_and_their_last_step(n: int):
     values = [math.sin(step) for step in range(n)]
@@ -223,7 +250,7 @@ class TestInABrowser:
         file.write_text(report(results, Request(latents_of="cell31"))[0], encoding="utf-8")
         with browser() as chromium:
             with open_page(chromium, file, viewport={"width": 1180, "height": 900}) as (page, wrong):
-                wait_for_charts(page)
+                page.locator(".plot svg").nth(5).wait_for()  # all are drawn, seen or not, so that they can be printed
                 charts = page.locator(".plot")
                 assert charts.count() == 6
                 assert page.locator(".plot[role=graphics-document][aria-label*='tiny']").count() == 6
@@ -243,6 +270,16 @@ class TestInABrowser:
                 shown = page.locator(f"table.cells tbody td:nth-child({column + 1})").all_inner_texts()
                 assert [float(text) for text in shown] == [8.0] * 4 + [6.0] + [4.0] * 4
 
+                page.locator(".filter").fill("top_k=8 seed=1")
+                assert page.locator("table.cells tbody tr:visible").count() == 2
+                assert page.locator(".count").inner_text().strip() == "2 of 9 runs"
+                page.locator(".filter").fill("cell31")
+                assert page.locator("table.cells tbody tr:visible").count() == 1
+                page.keyboard.press("Tab")
+                page.keyboard.press("Enter")
+                assert page.evaluate("document.activeElement.textContent").startswith("A heading sorts")
+                page.locator(".filter").fill("")
+
                 page.locator("button.more").first.focus()
                 page.keyboard.press("Enter")
                 assert EVIL in page.locator(".detail").inner_text()
@@ -254,7 +291,7 @@ class TestInABrowser:
                 theme, before = page.locator("#theme"), page.evaluate("getComputedStyle(document.body).backgroundColor")
                 theme.focus()
                 page.keyboard.press("Enter")
-                assert theme.get_attribute("aria-pressed") == "true"
+                assert theme.inner_text() == "Light theme"
                 assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
                 page.locator("select[name=COLOUR]").first.select_option("top_k")
                 wait_for_charts(page)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from analysis.rank import Group
-from analysis.rows import ALWAYS, HISTORY, Row, compact
+from analysis.rows import ALWAYS, HISTORY, OPTIONS, Row, compact
 from sweep.config import SLICES, Cell
 from sweep.results import METRICS
 
-__all__ = ["Field", "configs", "field", "label", "named_by", "rounded", "table_columns", "table_row"]
+__all__ = ["HEADINGS", "Field", "configs", "field", "label", "named_by", "rounded", "table_columns", "table_row"]
 
-SHOWN = {
+HEADINGS = {
     "l0": "L0",
     "fvu": "FVU",
     "fvu_per_dimension": "FVU per dimension",
@@ -35,7 +35,7 @@ class Field:
 
 def named_by(group: Group) -> list[str]:
     """Options that tell the cells of a group apart, the width and sparsity first."""
-    cells = [row for row in group.rows if row["kind"] != "baseline"]
+    cells = group.rows
     always = [name for name in ALWAYS if len({row[name] for row in cells}) > 1]
     return [*always, *(name for name in group.varying if name not in HISTORY)] or list(ALWAYS)
 
@@ -48,10 +48,10 @@ def label(row: Row, names: Sequence[str]) -> str:
 
 
 def table_columns(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Name, heading and explanation of each column that can be sorted by."""
+    """Name, heading and explanation of each column that can be sorted by, but for the cell's id."""
     options = [(name, name, "") for name in dict.fromkeys((*ALWAYS, *names))]
-    metrics = [(name, heading, DOCS[name]) for name, heading in SHOWN.items()]
-    return [("rank", "rank", "1 is best; seeds of a cell share one"), *options, ("seed", "seed", ""), *metrics]
+    metrics = [(name, heading, DOCS[name]) for name, heading in HEADINGS.items()]
+    return [*options, ("seed", "seed", ""), *metrics]
 
 
 def table_row(row: Row, names: Sequence[str]) -> list[Field]:
@@ -60,9 +60,8 @@ def table_row(row: Row, names: Sequence[str]) -> list[Field]:
     wanted = [*dict.fromkeys((*ALWAYS, *names)), "seed"]
     width = {"dict_size": row["dict_size"]}
     return [
-        field("rank", row["rank"]),
         *(field(name, {**width, **options}.get(name)) for name in wanted),
-        *(field(name, row[name]) for name in SHOWN),
+        *(field(name, row[name]) for name in HEADINGS),
     ]
 
 
@@ -70,23 +69,21 @@ def field(name: str, value: Any) -> Field:
     """A value with as many digits as people compare."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return Field("-", None, True)
-    if name.startswith("dead_fraction"):
-        return Field(f"{100 * value:.1f} %", value, True)
-    if name.startswith("fvu"):
-        return Field(f"{value:.4f}", value, True)
-    if name.startswith("l0"):
-        return Field(f"{value:.1f}", value, True)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Field(compact(value), compact(value), False)
-    return Field(
-        f"{value:,}"
-        if isinstance(value, int) and value >= 10_000
-        else f"{value:.3g}"
-        if isinstance(value, float)
-        else str(value),
-        value,
-        True,
-    )
+    return Field(_digits(name, value), value, True)
+
+
+def _digits(name: str, value: float) -> str:
+    if name.startswith("dead_fraction"):
+        return f"{100 * value:.1f} %"
+    if name.startswith("fvu"):
+        return f"{value:.4f}"
+    if name.startswith("l0"):
+        return f"{value:.1f}"
+    if isinstance(value, float):
+        return compact(value) if name in OPTIONS else f"{value:.3g}"
+    return f"{value:,}" if value >= 10_000 else str(value)
 
 
 def configs(rows: Sequence[Row]) -> tuple[dict[str, str], list[dict[str, str]]]:

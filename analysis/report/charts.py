@@ -7,6 +7,8 @@ from typing import Any
 
 import altair as alt
 
+from analysis.report.histograms import LOWEST
+
 __all__ = ["CELL", "MEASURED", "PUBLISHED", "specs"]
 
 CELL = "cell"
@@ -52,8 +54,8 @@ def front() -> Chart:
         .mark_rule(strokeWidth=1.5)
         .encode(y="fvu_low:Q", y2="fvu_high:Q", color=COLOUR, tooltip=alt.value(None)),
         base.transform_filter(others).mark_point(size=70, color="$MUTED", filled=True).encode(shape=shape),
-        base.transform_filter(cells).mark_point(size=90, filled=True, opacity=1).encode(color=COLOUR, shape=shape),
-        on_front.transform_filter(cells)
+        base.transform_filter(cells).mark_point(filled=True, opacity=0.9).encode(color=COLOUR, shape=shape),
+        base.transform_filter(alt.datum.labelled)
         .mark_text(align="left", dx=8, dy=-8, color="$INK")
         .encode(text="rank:N", tooltip=alt.value(None)),
     )
@@ -64,9 +66,9 @@ def curves() -> Chart:
     return (
         alt.Chart(ROWS)
         .transform_flatten(["step", "value"])
-        .mark_line(strokeWidth=1.6, opacity=0.85)
+        .mark_line()
         .encode(
-            x=alt.X("step:Q", title="training step", axis=alt.Axis(format="~s")),
+            x=alt.X("step:Q", title="training step", scale=alt.Scale(nice=False), axis=alt.Axis(format=",")),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), axis=METRIC_AXIS),
             color=COLOUR,
             detail="cell_id:N",
@@ -136,7 +138,7 @@ def histogram(x: alt.X) -> Chart:
     return (
         alt.Chart(ROWS)
         .transform_flatten(["low", "share"])
-        .mark_line(interpolate="step-after", strokeWidth=1.6, opacity=0.85)
+        .mark_line(interpolate="step-after")
         .encode(
             x=x,
             y=alt.Y("share:Q", axis=alt.Axis(title="share of the latents", format="~%")),
@@ -148,7 +150,8 @@ def histogram(x: alt.X) -> Chart:
 
 
 def density() -> Chart:
-    axis = alt.Axis(title="density: share of the held-out tokens on which a latent fires", format="~g")
+    title = "density: share of held-out tokens it fires on"
+    axis = alt.Axis(title=title, values=[10.0**power for power in range(LOWEST, 1)], format="~g")
     return histogram(alt.X("low:Q", scale=alt.Scale(type="log", nice=False), axis=axis))
 
 

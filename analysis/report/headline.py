@@ -38,26 +38,25 @@ def facts(group: Group) -> list[tuple[str, str, str]]:
 
 def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
     """What a reader must know before using the best cell."""
-    cells = [row for row in group.rows if row["kind"] != "baseline"]
+    cells = group.rows
     best = _best(group)
     if best is None:
         yield "No cell of this group has a number to rank by."
         return
     n_runs = sum(row["n_seeds"] for row in cells)
-    runs = f"{n_runs} run{'s' * (n_runs > 1)}"
+    runs = f"{n_runs:,} run{'s' * (n_runs > 1)}"
     if n_runs > len(cells):
-        runs += f" of {len(cells)} cells, each the mean over its seeds"
+        runs += f" of {len(cells):,} cells, each the mean over its seeds"
     if n_runs == 1:
         yield "The only run of this group."
     else:
         yield f"It has the lowest {_order(group, best, cells)} of {runs}."
     if ties := [row for row in cells if row["tie"]]:
-        shown = "; ".join(label(row, names) for row in ties[:3])
+        shown = "; ".join(_difference(row, best, names) for row in ties[:3])
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
         what = "Held-out sequences or seeds do" if group.ordered_by else "The spread of the seeds does"
         yield f"{what} not tell it from {len(ties)} other{'s' * (len(ties) > 1)}: {shown}{more}."
-    sparser = [row for row in cells if row["pareto"] and number(row["l0"]) < number(best["l0"])]
-    if sparser:
+    if sparser := _sparser(cells, number(best["l0"])):
         parts = [f"FVU {row['fvu']:.4f} at L0 {row['l0']:.1f} ({label(row, names)})" for row in sparser[:3]]
         yield f"More active latents explain more. The best with fewer: {'; '.join(parts)}."
     for note in group.notes:
@@ -77,7 +76,22 @@ def _order(group: Group, best: Row, cells: list[Row]) -> str:
 
 
 def _best(group: Group) -> Row | None:
-    return next((row for row in group.rows if row["kind"] != "baseline"), None)
+    return next(iter(group.rows), None)
+
+
+def _difference(row: Row, best: Row, names: Sequence[str]) -> str:
+    """A cell by the options in which it differs from the best."""
+    return label(row, [name for name in names if row[name] != best[name]] or names)
+
+
+def _sparser(cells: Sequence[Row], l0: float) -> list[Row]:
+    """Cells of the front with a lower L0, densest first, each with at most four fifths of the one before."""
+    found = []
+    for row in sorted((row for row in cells if row["pareto"]), key=lambda row: -number(row["l0"])):
+        if number(row["l0"]) < 0.8 * l0:
+            found.append(row)
+            l0 = row["l0"]
+    return found
 
 
 def _plain(name: str, value: Any) -> str:
@@ -87,8 +101,10 @@ def _plain(name: str, value: Any) -> str:
 
 
 def _interval(row: Row, name: str) -> str:
+    """The 95% interval of the mean, and what it rests on."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     if low is None or high is None:
         return ""
     n = row["n_seeds"]
-    return f"95% interval {_plain(name, max(low, 0.0))} to {_plain(name, high)}, {n} seed{'s' * (n > 1)}"
+    rests_on = f"{n} seeds" if n > 1 else "one seed: spread of other cells' seeds"
+    return f"{_plain(name, max(low, 0.0))} to {_plain(name, high)} (95%, {rests_on})"

@@ -7,7 +7,7 @@ import polars as pl
 
 from analysis.report.cells import rounded
 
-__all__ = ["cosines", "densities"]
+__all__ = ["LOWEST", "cosines", "densities"]
 
 LOWEST = -6
 """Power of ten at which the densities begin; rarer ones count into the first bin."""

@@ -26,7 +26,7 @@ function stored(value) {
 
 function setTheme(theme) {
   root.dataset.theme = theme;
-  themeButton.setAttribute("aria-pressed", String(theme === "dark"));
+  themeButton.textContent = theme === "dark" ? "Light theme" : "Dark theme";
   document.querySelectorAll(".plot.drawn").forEach(draw);
 }
 
@@ -44,8 +44,12 @@ const CATEGORIES = {
   dark: ["#56b4e9", "#ff9d5c", "#2fd0a5", "#e39ac8", "#f0d048", "#a9a4ff", "#ff8fa3", "#9fdfff"],
 };
 
-function config(width) {
+const CROWDED = 20;
+
+function config(width, rows, legend) {
   const dark = root.dataset.theme === "dark";
+  const crowded = rows.length > CROWDED;
+  const widest = Math.max(1, ...legend.map((value) => String(value).length)) * 7.5 + 45;
   const text = { labelColor: colour("muted"), titleColor: colour("muted"), titleFontWeight: 500, labelFontSize: 12, titleFontSize: 12.5 };
   const font = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
   return {
@@ -53,9 +57,11 @@ function config(width) {
     background: null,
     view: { stroke: null },
     mark: { aria: false },
+    line: { strokeWidth: crowded ? 1 : 1.6, opacity: crowded ? 0.55 : 0.85 },
+    point: { size: crowded ? 40 : 90 },
     axis: { ...text, gridColor: colour("line"), domainColor: colour("line"), tickColor: colour("line"), titlePadding: 10, labelOverlap: true, gridOpacity: 0.7 },
     axisX: { grid: false },
-    legend: { ...text, orient: "bottom", columns: Math.max(1, Math.floor(width / 260)), labelLimit: 220, symbolStrokeWidth: 2.5, offset: 14, labelColor: colour("ink") },
+    legend: { ...text, orient: "bottom", columns: Math.max(1, Math.floor((width - 60) / Math.min(widest, 260))), labelLimit: 220, symbolStrokeWidth: 2.5, offset: 14, labelColor: colour("ink") },
     text: { fontSize: 12 },
     range: {
       category: CATEGORIES[root.dataset.theme],
@@ -115,7 +121,7 @@ function draw(plot) {
   plot.classList.remove("waiting");
   plot.classList.add("drawn");
   plot.replaceChildren();
-  return vegaEmbed(plot, spec, { actions: false, renderer: "svg", logLevel: 1, config: config(plot.clientWidth) });
+  return vegaEmbed(plot, spec, { actions: false, renderer: "svg", logLevel: 1, config: config(plot.clientWidth, rows, values) });
 }
 
 const seen = new IntersectionObserver((entries) => {
@@ -132,11 +138,21 @@ document.querySelectorAll(".plot").forEach((plot) => {
 document.querySelectorAll("figure select").forEach((select) => {
   select.addEventListener("change", () => select.closest("figure").querySelectorAll(".plot").forEach(draw));
 });
-addEventListener("beforeprint", () => document.querySelectorAll(".plot.waiting").forEach(draw));
+
+// The others follow while nothing else is to do, so that a page that is printed has them all.
+const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 200));
+function drawNext() {
+  const plot = document.querySelector(".place:not([hidden]) .plot.waiting");
+  if (!plot) return;
+  seen.unobserve(plot);
+  draw(plot).finally(() => idle(drawNext));
+}
+addEventListener("load", () => idle(drawNext));
 
 const chooser = document.getElementById("place");
 chooser?.addEventListener("change", () => {
   document.querySelectorAll(".place").forEach((place) => { place.hidden = place.dataset.place !== chooser.value; });
+  idle(drawNext);
 });
 
 // Table
@@ -190,19 +206,33 @@ function sort(heading) {
   show(table);
 }
 
+// A word is an option with its value (top_k=32), a value, or the beginning of one, such as of a cell's id.
+function has(row, names, word) {
+  const [name, value] = word.split("=");
+  const is = (field, text) => field.textContent.toLowerCase() === text || field.dataset.value.toLowerCase() === text;
+  if (value !== undefined) {
+    const field = row.children[names.indexOf(name)];
+    return field !== undefined && (is(field, value) || (value !== "" && Number(value) === Number(field.dataset.value || NaN)));
+  }
+  return [...row.children].some((field) => is(field, word) || field.dataset.value.toLowerCase().startsWith(word));
+}
+
 // Rows that match the filter, the first of them where there are many; a button shows the rest.
 function show(table, all = table.dataset.all === "yes") {
   const section = table.closest("section");
   const words = section.querySelector(".filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const count = section.querySelector(".count");
   const rows = [...table.tBodies[0].rows].filter((row) => row.dataset.cell);
-  const found = rows.filter((row) => words.every((word) => [...row.children].some((field) => field.textContent.toLowerCase() === word || field.dataset.value.toLowerCase().startsWith(word))));
+  const names = [...table.tHead.rows[0].cells].map((heading) => heading.dataset.name);
+  const found = rows.filter((row) => words.every((word) => has(row, names, word)));
   const shown = new Set(all ? found : found.slice(0, MANY));
   rows.forEach((row) => {
     row.hidden = !shown.has(row);
     if (row.nextElementSibling?.className === "detail") row.nextElementSibling.hidden = row.hidden;
   });
-  count.textContent = `${shown.size} of ${rows.length} runs `;
+  const number = (n) => n.toLocaleString("en");
+  count.textContent = `${number(shown.size)} of ${number(rows.length)} runs `;
+  if (shown.size < found.length && words.length) count.append(`(${number(found.length)} match) `);
   if (shown.size < found.length) {
     const rest = element("button", { type: "button", textContent: "show all" });
     rest.addEventListener("click", () => { table.dataset.all = "yes"; show(table); });

@@ -86,7 +86,7 @@ def _places(results: Path, runs: pl.DataFrame, sweeps: Sequence[Sweep], remarks:
     rows = list(comparable(runs).values())
     changes = {tuple(found.key.values()): found for found in effects(runs)}
     each = max(MAX_DRAWN // max(len(groups), 1), 8)
-    wanted = [drawn(group)[:each] for group in groups]
+    wanted = [drawn(group.rows, each) for group in groups]
     cells = [cell_id for some in wanted for cell_id in some]
     curves, latents = (load_table(results, table, cells) for table in ("curves", "latents"))
     remarks += [*curves.warnings, *latents.warnings]

@@ -12,7 +12,7 @@ from analysis.effects import Effect, Effects
 from analysis.effects_table import SHOWN
 from analysis.rank import Group, pareto_front
 from analysis.report import headline
-from analysis.report.cells import Field, configs, label, named_by, rounded, table_columns, table_row
+from analysis.report.cells import HEADINGS, Field, configs, field, label, named_by, rounded, table_columns, table_row
 from analysis.report.charts import CELL, MEASURED, PUBLISHED
 from analysis.report.curves import thinned
 from analysis.report.histograms import cosines, densities
@@ -23,7 +23,10 @@ from sweep.results import METRICS
 __all__ = ["MAX_DRAWN", "Place", "drawn", "make_place"]
 
 MAX_DRAWN = 60
-"""Cells of a page whose curves and histograms are drawn: the best, since more lines cannot be told apart."""
+"""Runs of a page whose curves and histograms are drawn: more lines cannot be told apart."""
+
+NEAR = 0.06
+"""Of the width and height of a front: ranks written nearer than this lie on each other."""
 
 NUMBERS = tuple(column.name for column in METRICS if column.better)
 
@@ -39,8 +42,8 @@ class Place:
     sentences: list[str]
     left_out: list[tuple[str, str]]
     columns: list[tuple[str, str, str]]
-    rows: list[tuple[str, str, list[Field]]]
-    """Id, kind, and the fields of `columns`, of each run."""
+    rows: list[tuple[Field, str, str, list[Field]]]
+    """Rank, id, kind, and the fields of `columns`, of each run."""
     options: list[str]
     """Options a chart can be coloured or divided by."""
     metrics: list[str]
@@ -55,9 +58,17 @@ class Place:
     data: dict[str, Any]
 
 
-def drawn(group: Group) -> list[str]:
-    """The cells that have curves and latents, best first."""
-    return [cell_id for row in group.rows if row["kind"] != "baseline" for cell_id in row["cell_ids"]]
+def drawn(rows: Sequence[Row], n: int) -> list[str]:
+    """The runs of a ranking that have curves and histograms, best first.
+
+    All, or `n`: the best for half of them, the others evenly spaced down the ranking to the last.
+    """
+    ranked = [cell_id for row in rows for cell_id in row["cell_ids"]]
+    if len(ranked) <= n:
+        return ranked
+    best, rest = ranked[: n // 2], ranked[n // 2 :]
+    n_others = n - len(best)
+    return best + [rest[(i + 1) * len(rest) // n_others - 1] for i in range(n_others)]
 
 
 def make_place(
@@ -91,16 +102,18 @@ def make_place(
     return Place(
         name=headline.place_of(group),
         best=headline.title(group, names),
-        best_id=next((row["cell_ids"][0] for row in group.rows if row["kind"] != "baseline"), None),
+        best_id=next((row["cell_ids"][0] for row in group.rows), None),
         facts=headline.facts(group),
         sentences=list(headline.sentences(group, names)),
         left_out=group.left_out,
         columns=table_columns(names),
-        rows=[(row["cell_id"], row["kind"] or CELL, table_row(row, names)) for row in ranked],
+        rows=[
+            (field("rank", row["rank"]), row["cell_id"], row["kind"] or CELL, table_row(row, names)) for row in ranked
+        ],
         options=options,
         metrics=[name for name in NUMBERS if any(math.isfinite(number(row[name])) for row in cells)],
         curve_metrics=_curve_metrics({line["metric"] for line in lines}),
-        effect_heads=[(name, name.replace("_", " ")) for name in SHOWN],
+        effect_heads=[(name, HEADINGS[name]) for name in SHOWN],
         effect_rows=_effect_table(changed),
         unmatched=effects.unmatched if effects else [],
         citations=_citations(group),
@@ -153,8 +166,23 @@ def _front_rows(group: Group, names: Sequence[str]) -> list[dict[str, Any]]:
             point = {name: rounded(row[name]) for name in ("l0", "fvu", "fvu_low", "fvu_high", "rank", "n_seeds")}
             options = {name: compact(row[name]) if isinstance(row[name], list) else row[name] for name in names}
             about = {"kind": MEASURED if foreign else CELL, "name": label(row, names), "front": mark}
-            found.append({**options, **point, **about})
+            found.append({**options, **point, **about, "labelled": False})
+    _label([point for point in found if point["kind"] == CELL and point["front"]])
     return found
+
+
+def _label(front: Sequence[dict[str, Any]]) -> None:
+    """Mark the points whose ranks are written, best first: those that no written one is too near."""
+    if not front:
+        return
+    places = {id(point): (math.log(point["l0"]), point["fvu"]) for point in front}
+    spans = [max(max(part) - min(part), 1e-9) for part in zip(*places.values(), strict=True)]
+    written: list[tuple[float, float]] = []
+    for point in sorted(front, key=lambda point: number(point["rank"])):
+        x, y = places[id(point)]
+        if all(abs(x - a) / spans[0] > NEAR or abs(y - b) / spans[1] > NEAR for a, b in written):
+            written.append((x, y))
+            point["labelled"] = True
 
 
 def _published_rows(group: Group) -> list[dict[str, Any]]:
@@ -209,7 +237,11 @@ def _effect_table(effects: Sequence[Effect]) -> list[tuple[str, int, list[tuple[
 def _notes(
     cells: Sequence[Row], wanted: Sequence[str], thinning: int, lines: Sequence[Any], latents: pl.DataFrame
 ) -> dict[str, str]:
-    cut = f"The best {len(wanted)} of {len(cells)} runs are drawn. " if len(wanted) < len(cells) else ""
+    cut = ""
+    if len(wanted) < len(cells):
+        n_best = len(wanted) // 2
+        others = f"{len(wanted) - n_best} others, evenly spaced down the ranking"
+        cut = f"Of {len(cells):,} runs the best {n_best} are drawn, and {others}. "
     points = f"A point is the mean over {thinning} steps or fewer. " if thinning > 1 else ""
     n_without = len(set(wanted) - {line["cell_id"] for line in lines})
     missing = f"{n_without} runs have no readable curve. " if n_without else ""
