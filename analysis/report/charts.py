@@ -68,7 +68,7 @@ def curves() -> Chart:
         .transform_flatten(["step", "value"])
         .mark_line()
         .encode(
-            x=alt.X("step:Q", title="training step", scale=alt.Scale(nice=False), axis=alt.Axis(format=",")),
+            x=alt.X("step:Q", title="training step", scale=alt.Scale(nice=False), axis=alt.Axis(format=",d")),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), axis=METRIC_AXIS),
             color=COLOUR,
             detail="cell_id:N",
@@ -79,8 +79,9 @@ def curves() -> Chart:
 
 def effects() -> Chart:
     """The mean change of a metric for each step of each option, with its interval."""
+    axis = alt.Axis(labelLimit=260, grid=True, ticks=False, domain=False)
     base = alt.Chart(ROWS).encode(
-        y=alt.Y("step:N", sort=None, title=None, axis=alt.Axis(labelLimit=260, grid=True, ticks=False, domain=False)),
+        y=alt.Y("step:N", sort=alt.EncodingSortField("order", op="min"), title=None, axis=axis),
         tooltip=[
             alt.Tooltip("step:N", title="option"),
             alt.Tooltip("change:Q", title="change", format="+.4g"),

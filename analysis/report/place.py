@@ -125,14 +125,7 @@ def make_place(
             "curves": lines,
             "density": densities(latents),
             "cosine": cosines(latents),
-            "effects": [
-                {
-                    "step": _step(e),
-                    **{k: rounded(getattr(e, k)) for k in ("metric", "change", "low", "high", "n_pairs")},
-                }
-                | {"sure": _sure(e)}
-                for e in changed
-            ],
+            "effects": [_effect_point(i, effect) for i, effect in enumerate(changed)],
             "config": {"same": same, "cells": dict(zip((row["cell_id"] for row in ranked), differing, strict=True))},
             "commands": {
                 row["cell_id"]: [i for i, sweep in enumerate(sweeps) if row["cell_id"] in set(sweep.cell_ids)]
@@ -216,6 +209,13 @@ def _step(effect: Effect) -> str:
 
 def _sure(effect: Effect) -> bool:
     return effect.low is not None and effect.high is not None and (effect.low > 0 or effect.high < 0)
+
+
+def _effect_point(order: int, effect: Effect) -> dict[str, Any]:
+    """A point of the chart; `order` keeps its lines in the order of the table."""
+    numbers = {name: rounded(getattr(effect, name)) for name in ("change", "low", "high")}
+    about = {"metric": effect.metric, "n_pairs": effect.n_pairs, "sure": _sure(effect)}
+    return {"order": order, "step": _step(effect), **about, **numbers}
 
 
 def _effect_table(effects: Sequence[Effect]) -> list[tuple[str, int, list[tuple[str, str, bool]]]]:
