@@ -201,7 +201,9 @@ def by_peer(module: str) -> Callable[[Cell, Activations, Iterable[Activations], 
 NOT_NESTED = "group_fractions=[1.0]"
 SIMPLE = ("activation=top_k", NOT_NESTED, "aux_penalty=0", "betas=[0.9,0.999]")
 BUSSMANN = ("aux_penalty=0.03125", "top_k_aux=512", "n_batches_to_dead=20", "betas=[0.9,0.99]")
+NO_AUX = "aux_penalty=0"
 FREE = by_steps(from_data, learning_by(adam_free_))
+FREE_FROM_ZERO = by_steps(from_data_zero_decoder, learning_by(adam_free_))
 
 RECIPES = {
     "ours": Recipe((), by_steps(from_data, sparse.learn_)),
@@ -211,8 +213,9 @@ RECIPES = {
     "dictionary_learning": Recipe((), by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),
     "SAELens": Recipe((), by_peer("sae_lens_recipe"), cost=4, peer="sae_lens"),
     "matryoshka_sae": Recipe(BUSSMANN, by_steps(from_tied, sparse.learn_)),
-    "ours, free decoder": Recipe(("aux_penalty=0",), FREE),
-    "ours, free decoder, not nested": Recipe(("aux_penalty=0", NOT_NESTED), FREE),
-    "ours, zero free decoder": Recipe(("aux_penalty=0",), by_steps(from_data_zero_decoder, learning_by(adam_free_))),
+    "ours, free decoder": Recipe((NO_AUX,), FREE),
+    "ours, free decoder, not nested": Recipe((NO_AUX, NOT_NESTED), FREE),
+    "ours, free zero decoder": Recipe((NO_AUX,), FREE_FROM_ZERO),
+    "ours, free zero decoder, not nested": Recipe((NO_AUX, NOT_NESTED), FREE_FROM_ZERO),
 }
 """By the names rows carry. simple: sparsify's transcoder with Adam instead of its default, in plain torch."""
