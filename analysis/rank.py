@@ -151,7 +151,7 @@ def _order(group: Group, spread: Spread | None) -> None:
 def _not_ranked(row: Row, by: str) -> str | None:
     """Why a run has no place in the ranking."""
     if row["status"] not in ("done", None):
-        return f"its status is {row['status']}"
+        return f"it {row['status']}: {row['failure']}" if row["failure"] else f"its status is {row['status']}"
     if not math.isfinite(number(row[by])):
         return f"its {by} is {'missing' if row[by] is None else row[by]}"
     return None

@@ -1,4 +1,7 @@
-"""What a finished cell leaves behind: its transcoder, its metrics and its rows, the row in `runs/` last."""
+"""What a cell leaves behind: its transcoder, its metrics and its rows, the row in `runs/` last.
+
+One that diverged leaves its curve and a row without metrics: with the same options it would diverge again.
+"""
 
 import json
 import shutil
@@ -23,9 +26,10 @@ from sweep.results import write_run
 from sweep.status import SCORES
 from sweep.summary import summary
 from sweep.tokens import TokenFile
+from sweep.train import Run
 from sweep.transcoder import save_transcoder
 
-__all__ = ["Workplace", "circumstances", "commit"]
+__all__ = ["Workplace", "circumstances", "commit", "commit_diverged"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
         cell.cell_id,
         {
             "runs": [row],
-            "curves": [{"step": s, "metric": m, "value": v} for s, m, v in run.state.curve],
+            "curves": curve(run),
             "latents": [
                 {**latent, "group": group, "batches_since_fired": since}
                 for latent, group, since in zip(evaluation.latents, groups(cell), since_fired, strict=True)
@@ -78,6 +82,27 @@ def commit(member: Member, results: ResultsFolder, place: Workplace, workflow: W
     member.log.info("done: fvu %s at l0 %s", row["fvu"], row["l0"])
     if not workflow.keep_checkpoints:
         shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
+
+
+def commit_diverged(member: Member, results: ResultsFolder, place: Workplace, workflow: Workflow) -> None:
+    """Write the row of a cell that has diverged, as its status says already, and its curve until then.
+
+    Side effects: the cell's checkpoints go, unless `keep_checkpoints`.
+
+    Raises:
+        Superseded: the cell has been started again elsewhere.
+    """
+    run = member.run
+    assert run is not None
+    row = {**facts(member, place), "status": "diverged", "failure": member.status.error["message"]}
+    member.attempt.check()
+    write_run(results, member.cell.cell_id, {"runs": [row], "curves": curve(run)})
+    if not workflow.keep_checkpoints:
+        shutil.rmtree(member.folder.checkpoints, ignore_errors=True)
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    return [{"step": step, "metric": metric, "value": value} for step, metric, value in run.state.curve]
 
 
 def with_tokens(contexts: list[dict[str, Any]], place: Workplace) -> Iterator[dict[str, Any]]:
@@ -143,27 +168,35 @@ def circumstances(place: Workplace) -> dict[str, Any]:
 
 
 def run_row(member: Member, place: Workplace) -> dict[str, Any]:
-    """The cell's row in `runs`, by the schema of results.py."""
-    cell, run = member.cell, member.run
-    assert run is not None and member.transcoder is not None
-    made = circumstances(place)
+    """The row in `runs` of a cell that is done, by the schema of results.py."""
+    assert member.run is not None and member.transcoder is not None
     threshold = member.transcoder.threshold
-    losses = [value for _, metric, value in run.state.curve if metric == "loss"]
+    losses = [value for _, metric, value in member.run.state.curve if metric == "loss"]
     return {
-        "kind": "cell",
+        **facts(member, place),
         "status": "done",
-        "schema_version": SCHEMA_VERSION,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in cell.flat().items()},
         **metrics(member),
         "final_loss": losses[-1],
+        "threshold": None if threshold is None else float(threshold[0]),
+    }
+
+
+def facts(member: Member, place: Workplace) -> dict[str, Any]:
+    """Columns of every cell's row, whatever became of it."""
+    cell, run = member.cell, member.run
+    assert run is not None
+    made = circumstances(place)
+    return {
+        "kind": "cell",
+        "schema_version": SCHEMA_VERSION,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in cell.flat().items()},
         "rollbacks": len(run.state.rollbacks),
         "lr_factor": run.state.lr_factor,
-        "threshold": None if threshold is None else float(threshold[0]),
         "source_scale": run.state.source_scale,
         "target_scale": run.state.target_scale,
         **made,
         "config": json.dumps(cell.flat(identity_only=True), sort_keys=True),
         "attempts": member.status.attempts,
-        "training_tokens_per_second": cell.schedule.steps * cell.schedule.batch_size / made["seconds"],
+        "training_tokens_per_second": run.state.step * cell.schedule.batch_size / made["seconds"],
         "host": member.status.host,
     }

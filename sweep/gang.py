@@ -21,7 +21,7 @@ from sweep.failures import kind
 from sweep.leftovers import tidy_cell
 from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
-from sweep.results import has_row
+from sweep.results import has_row, read_row
 from sweep.saved import read_cell
 from sweep.status import Status, read_status
 from sweep.train import Run
@@ -179,7 +179,7 @@ def join(
             continue
         if finished := has_row(results, cell_id):
             log.info("cell %s is finished already", cell_id)
-            if not finished_too or lock is None:
+            if not finished_too or lock is None or read_row(results.row("runs", cell_id))["status"] != "done":
                 continue
         if lock is not None:
             tidy_cell(results, cell_id)

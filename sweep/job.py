@@ -22,9 +22,9 @@ from sweep.beside import Beside, baselines_beside, commit_baseline
 from sweep.blocks import CachedBlocks, from_model, with_cache
 from sweep.cache import in_use
 from sweep.causal import CausalRows
-from sweep.commit import Workplace, commit
+from sweep.commit import Workplace, commit, commit_diverged
 from sweep.config import Model
-from sweep.errors import Interrupted, ModelError, SweepError
+from sweep.errors import Interrupted, ModelError, Superseded, SweepError
 from sweep.evaluate import Evaluation, evaluate
 from sweep.finish import finish
 from sweep.gang import Gang, Member, join
@@ -94,7 +94,7 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report,
     """The life of a gang from prepared text to committed rows."""
     place = prepare(gang, workflow, report, stack)
     if gang.members:
-        train_and_calibrate(gang, place, workflow, report)
+        train_and_calibrate(gang, place, results, workflow, report)
     if not gang.members and not gang.finished:
         return
     sites = [member.cell.site for member in (*gang.members, *gang.finished)]
@@ -106,20 +106,39 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report,
             commit_baseline(one, evaluations[one.row_id], results, place)
 
 
-def train_and_calibrate(gang: Gang, place: Workplace, workflow: Workflow, report: Report) -> None:
-    """Bring every member from where it stands to its transcoder."""
+def train_and_calibrate(
+    gang: Gang, place: Workplace, results: ResultsFolder, workflow: Workflow, report: Report
+) -> None:
+    """Bring every member from where it stands to its transcoder, or to the row of a cell that diverged."""
     clock = SaveClock(workflow.checkpoint_minutes)
     gang.attempt_all(lambda member: start(member, place, workflow, clock))
     runs = {id(member.run): member for member in gang.members}
+
+    def attempt(run: Run, action: Callable[[], None]) -> bool:
+        member = runs[id(run)]
+        if gang.attempt(member, action):
+            return True
+        if member.status.state == "diverged":
+            leave_row(member, results, place, workflow)
+        return False
+
     train(
         [member.run for member in gang.members if member.run],
         place.stream,
-        attempt=lambda run, action: gang.attempt(runs[id(run)], action),
+        attempt=attempt,
         after_step=lambda step: report_training(gang, step, report),
         save_due=clock.due,
     )
     if gang.members:
         calibrate(gang, place, report)
+
+
+def leave_row(member: Member, results: ResultsFolder, place: Workplace, workflow: Workflow) -> None:
+    """Write the row of a member that left because it diverged; without one the cell would only be run again."""
+    try:
+        commit_diverged(member, results, place, workflow)
+    except (OSError, Superseded) as error:
+        log.warning("no row: %s", error, extra={"cell_id": member.cell.cell_id})
 
 
 def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.ExitStack) -> Workplace:

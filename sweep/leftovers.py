@@ -11,7 +11,7 @@ from sweep.progress import Snapshot
 from sweep.results import TABLES, has_row, read_row
 from sweep.status import SCORES, read_status
 
-__all__ = ["settle", "tidy_cell"]
+__all__ = ["reopen", "settle", "tidy_cell"]
 
 
 def tidy_cell(results: ResultsFolder, cell_id: str) -> None:
@@ -46,3 +46,14 @@ def settle(results: ResultsFolder, cell_id: str, *, keep_checkpoints: bool) -> N
         tidy_cell(results, cell_id)
         if not keep_checkpoints:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def reopen(results: ResultsFolder, cell_id: str) -> None:
+    """Let a cell that diverged be run again, from its first step; others stay as they are.
+
+    Side effects: its row and its checkpoints go.
+    """
+    row, folder = results.row("runs", cell_id), results.cell(cell_id)
+    if has_row(results, cell_id) and read_row(row)["status"] == "diverged":
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        row.unlink()

@@ -100,9 +100,7 @@ METRICS = (
         unit="1",
         better="lower",
     ),
-    Column(
-        "fvu_per_dimension", "float64", "mean over output dimensions of each one's own FVU", unit="1", better="lower"
-    ),
+    Column("fvu_per_dimension", "float64", "mean of the output dimensions' own FVUs", unit="1", better="lower"),
     Column(
         "fvu_scalar_variance",
         "float64",
@@ -171,7 +169,8 @@ METRICS = (
 RUNS = (
     CELL_ID,
     Column("kind", "string", "cell, or baseline"),
-    Column("status", "string", "done"),
+    Column("status", "string", "done; or diverged: its loss stopped being a number, so it has no metrics"),
+    Column("failure", "string", "why a cell that diverged did; null for those that are done"),
     Column("schema_version", "int64", "version of the identity and of this schema", unit="1"),
     *OPTIONS,
     *METRICS,

@@ -15,6 +15,7 @@ from sweep.job import run_gang
 from sweep.launch.rounds import freeze
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
 from sweep.progress import silent
+from sweep.results import read_row
 from sweep.status import read_status
 from sweep.tokens import row_counts
 
@@ -187,7 +188,7 @@ def test_a_failing_cell_leaves_the_gang_and_the_others_go_on(
     assert status.failures == 1
     assert "try a lower lr" in status.error["message"]
     assert "Traceback" in status.error["traceback"]
-    assert not results.row("runs", diverging.cell_id).exists()
+    assert read_row(results.row("runs", diverging.cell_id))["status"] == "diverged"
 
 
 def test_a_cell_somebody_else_is_at_is_left_alone(tmp_path: Path, cache: CacheFolder) -> None:

@@ -19,6 +19,7 @@ from make import make_cell
 from sweep import checkpoint, train
 from sweep.errors import Interrupted
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder
+from sweep.results import METRICS, TABLES, read_row
 from sweep.state import TrainState
 from sweep.status import read_status
 from sweep.step.step import StepReport, train_step_
@@ -62,7 +63,7 @@ def rates(results: ResultsFolder, cell_id: str) -> dict[int, float]:
 
 
 def test_a_run_goes_back_once_to_the_end_of_a_stage_then_to_the_start(unbroken: ResultsFolder) -> None:
-    found = pl.read_parquet(sorted(unbroken.table("runs").glob("*.parquet"))).sort("lr")
+    found = pl.read_parquet(sorted(unbroken.table("runs").glob("*.parquet"))).sort("lr").filter(status="done")
     assert found["rollbacks"].to_list() == [0, 1, 2]
     assert found["lr_factor"].to_list() == [1.0, 0.5, 0.25]
     healthy, once, twice = (rates(unbroken, cell.cell_id) for cell in (HEALTHY, ONCE, TWICE))
@@ -75,6 +76,21 @@ def test_a_run_that_fails_a_third_time_has_diverged(unbroken: ResultsFolder) -> 
     status = read_status(unbroken.cell(NEVER.cell_id))
     assert (status.state, status.rollbacks, status.failures) == ("diverged", 2, 1)
     assert "lowered 2 times already; try a lower lr" in status.error["message"]
+    row = read_row(unbroken.row("runs", NEVER.cell_id))
+    assert (row["status"], row["failure"]) == ("diverged", status.error["message"])
+    assert (row["rollbacks"], row["lr_factor"], row["lr"], row["seed"]) == (2, 0.25, 4e-2, NEVER.seed)
+    assert all(row[column.name] is None for column in METRICS)
+    assert min(rates(unbroken, NEVER.cell_id)) == 0
+    assert not pl.read_parquet(unbroken.row("latents", NEVER.cell_id)).height
+
+
+def same_failure(one: ResultsFolder, other: ResultsFolder) -> None:
+    """Assert that the cell that diverged left the same row and the same curve."""
+    volatile = [column.name for column in TABLES["runs"] if column.volatile]
+    rows = [pl.read_parquet(found.row("runs", NEVER.cell_id)).drop(volatile) for found in (one, other)]
+    assert rows[0].equals(rows[1])
+    curves = [found.row("curves", NEVER.cell_id).read_bytes() for found in (one, other)]
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -185,6 +201,7 @@ def test_stops_before_and_after_change_no_byte_of_it(
     for cell in CELLS[:3]:
         same_bytes(unbroken, results, cell)
     assert read_status(results.cell(NEVER.cell_id)).state == "diverged"
+    same_failure(unbroken, results)
 
 
 @pytest.mark.parametrize("n_survived", [0, 1, 3])

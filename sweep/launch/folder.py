@@ -59,7 +59,7 @@ def status(results: ResultsFolder) -> int:
         job = jobs.of(cell_id)
         here = is_held(results.cell(cell_id).lock)
         begun = row.status.state == "running"
-        if results.row("runs", cell_id).exists():
+        if results.row("runs", cell_id).exists() and row.status.state != "diverged":
             rows[cell_id] = row.saying("done")
         elif begun and not here and row.status.job and not jobs.silent and not (job and job.live):
             rows[cell_id] = row.saying(f"lost ({job.words if job else 'unknown to Slurm'})")

@@ -30,8 +30,9 @@ class Ended(Protocol):
 def tell(cells: Sequence[Planned], results: ResultsFolder, jobs: Ended | None = None) -> int:
     """Show results and failures; the exit code says whether every cell is done."""
     cell_ids = [planned.cell.cell_id for planned in cells]
-    rows = {cell_id: results.row("runs", cell_id) for cell_id in cell_ids}
-    metrics = {cell_id: read_row(row) for cell_id, row in rows.items() if row.exists()}
+    paths = {cell_id: results.row("runs", cell_id) for cell_id in cell_ids}
+    rows = {cell_id: read_row(path) for cell_id, path in paths.items() if path.exists()}
+    metrics = {cell_id: row for cell_id, row in rows.items() if row["status"] == "done"}
     failures = causes([cell_id for cell_id in cell_ids if cell_id not in metrics], results, jobs)
     console.show_results(cells, metrics)
     console.show_failures(failures)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from sweep.config import Cell, StreamConfig
@@ -9,8 +10,8 @@ from sweep.errors import ConfigError
 from sweep.failures import words
 from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
 from sweep.paths import ResultsFolder, is_held
-from sweep.results import has_row
-from sweep.status import FAILED, read_status
+from sweep.results import has_row, read_row
+from sweep.status import FAILED, Status, read_status
 
 __all__ = ["Composed", "Plan", "Planned", "make_plan", "resolve"]
 
@@ -19,7 +20,7 @@ Composed = tuple[list[str], dict[str, Any] | str]
 
 OPTION_NAMES = {name for _, name, _, _ in option_fields()}
 
-Action = Literal["new", "resume", "retry", "baselines", "done", "duplicate", "running", "left"]
+Action = Literal["new", "resume", "retry", "baselines", "done", "diverged", "duplicate", "running", "left"]
 """`baselines`: the cell is done, and baselines are scored beside it."""
 
 
@@ -138,7 +139,12 @@ def make_plan(
 
 
 def chosen(retry: str, action: Action, reason: str) -> tuple[Action, str]:
-    """What `retry=` makes of it: only the cells that failed before, or all but those."""
+    """What `retry=` makes of it: only the cells that failed before, or all but those.
+
+    One that diverged would do so again, so it is run again only where asked for by name.
+    """
+    if action == "diverged":
+        return ("retry", reason) if retry == "failed" else ("left", f"{reason}; retry=failed runs it again")
     if retry == "failed" and action in ("new", "resume"):
         return "left", "retry=failed runs only what failed before"
     if retry == "none" and action == "retry":
@@ -152,8 +158,7 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
     status = read_status(folder)
     checkpoints = folder.checkpoint_steps()
     if row.exists():
-        done = has_row(results, cell.cell_id)
-        return ("done", "its row is there") if done else ("retry", f"its row {row} is damaged")
+        return of_row(row, status) if has_row(results, cell.cell_id) else ("retry", f"its row {row} is damaged")
     if cell.cell_id in elsewhere:
         return "running", elsewhere[cell.cell_id]
     if is_held(folder.lock):
@@ -164,3 +169,10 @@ def look_up(cell: Cell, results: ResultsFolder, elsewhere: Mapping[str, str]) ->
     if checkpoints:
         return "resume", f"at step {checkpoints[-1]} of {cell.schedule.steps}"
     return "new", "started before, without a checkpoint" if status.attempts else ""
+
+
+def of_row(row: Path, status: Status) -> tuple[Action, str]:
+    """What a whole row says. The status spares opening it where it says done: it does so after the row alone."""
+    if status.state != "done" and (found := read_row(row))["status"] == "diverged":
+        return "diverged", f"diverged before: {found['failure']}"
+    return "done", "its row is there"

@@ -36,7 +36,7 @@ from sweep.launch.slurm import SlurmJobs, follow, live_cells, submit
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import SlurmSilent
 from sweep.launch.watch import Jobs, Together, follow_to_the_end, watching
-from sweep.leftovers import settle
+from sweep.leftovers import reopen, settle
 from sweep.paths import LaunchFolder, ResultsFolder, locked, remove_leftovers, try_lock, write_atomic, write_json
 from sweep.provenance import git_state
 
@@ -160,6 +160,8 @@ def begin(plan: Plan, results: ResultsFolder) -> str:
 def claim(plan: Plan, jobs: Sequence[Job], venue: Venue, sweep_id: str, folders: ExitStack) -> Round:
     """Freeze the configs of the cells that nobody is at, and claim them; a launcher may have come first.
 
+    Side effects: with retry=failed those of them that had diverged lose their row.
+
     Raises:
         SlurmSilent: Slurm cannot be asked, and jobs shall go there.
     """
@@ -172,6 +174,8 @@ def claim(plan: Plan, jobs: Sequence[Job], venue: Venue, sweep_id: str, folders:
         for cell in (cell for job in free for cell in job.cells):
             remove_leftovers(results.cell(cell.cell_id).root, results.cell(cell.cell_id).config.name)
             freeze(cell, results)
+            if plan.workflow.retry == "failed":
+                reopen(results, cell.cell_id)
         folder = folders.enter_context(launch_folder(results, sweep_id))
         mine = {cell_id for job in free for cell_id in job.cell_ids if isinstance(venue.options, LocalOptions)}
         if mine:
