@@ -5,14 +5,17 @@ A command is a function here that checks what was typed and calls the module whe
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sweep.errors import ConfigError, SweepError
 from sweep.paths import CacheFolder, ResultsFolder
+
+if TYPE_CHECKING:
+    from sweep.saved import Saved
 
 app = typer.Typer(
     help="What is done beside a sweep. To train transcoders: python sweep_runner.py --help",
@@ -34,6 +37,34 @@ def rows_asked(batches: int | None, batch_size: int | None) -> int | None:
     if batch_size is not None and batches is None:
         raise ConfigError(f"--batch_size {batch_size} says how long a batch is; say how many with --batches")
     return None if batches is None else batches * (batch_size or 8)
+
+
+def opened(
+    checkpoint: Path,
+    layer: int | None,
+    overrides: Sequence[str] | None,
+    device: str,
+    output_dir: Path | None,
+    cache_dir: Path | None,
+) -> "tuple[Saved, CacheFolder]":
+    """The transcoder to score and the cache to use; all that was typed is checked before the work.
+
+    Raises:
+        SweepError: it is wrong, or the transcoder is not there.
+    """
+    from sweep.launch.elsewhere import open_checkpoint
+    from sweep.launch.launch import check_cache
+    from sweep.options import device_problems
+    from sweep.saved import check_output
+
+    if problems := list(device_problems(device)):
+        raise ConfigError(*problems)
+    saved = open_checkpoint(checkpoint, layer, overrides or ())
+    if output_dir is not None:
+        check_output(output_dir)
+    cache = CacheFolder(cache_dir or saved.default_cache)
+    check_cache(cache.root)
+    return saved, cache
 
 
 @app.command(name="evaluate")
@@ -72,20 +103,11 @@ def evaluate_command(
     """
     with refusals():
         from sweep.launch import console
-        from sweep.launch.elsewhere import open_checkpoint
-        from sweep.launch.launch import check_cache
-        from sweep.options import device_problems
-        from sweep.saved import check_output, open_saved
+        from sweep.saved import open_saved
 
         n_rows = rows_asked(batches, batch_size)
-        if problems := list(device_problems(device)):
-            raise ConfigError(*problems)
-        saved = open_checkpoint(checkpoint, layer, overrides or ())
         other = None if against is None else open_saved(against)
-        if output_dir is not None:
-            check_output(output_dir)
-        cache = CacheFolder(cache_dir or saved.default_cache)
-        check_cache(cache.root)
+        saved, cache = opened(checkpoint, layer, overrides, device, output_dir, cache_dir)
         with console.progress() as report:
             report("start", 0, 0, "")
             from sweep.score import score, text, write
@@ -98,13 +120,22 @@ def evaluate_command(
 
 @app.command(name="compare")
 def compare_command(
-    ours_checkpoint: Annotated[Path, typer.Option(help="results/cells/<cell_id>, or the transcoder folder in it.")],
+    ours_checkpoint: Annotated[
+        Path, typer.Option(help="results/cells/<cell_id>, its transcoder folder, or a folder with an old torch file.")
+    ],
     google_dir: Annotated[Path, typer.Option(help="A folder in Google's layout: a family, or one transcoder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="Of a torch file: model=, data=, top_k=, ...")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="The layer you expect; any other than its own is refused.")] = None,
     width: Annotated[str | None, typer.Option(help="As in Google's folders, such as 16k; default: all there.")] = None,
     l0: Annotated[str, typer.Option(help="all, lowest, nearest:<number>, or an L0 that is there.")] = "all",
     batches: Annotated[int | None, typer.Option(min=1, help="Batches of rows; default: the rows of its sweep.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a batch; default 8.")] = None,
+    causal_rows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows the model runs on with predictions in it; default: as in its sweep."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Write comparison.json and both metrics there.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Default: the cache in the results folder.")] = None,
@@ -116,31 +147,23 @@ def compare_command(
       python -m sweep compare --ours_checkpoint results/cells/<cell_id> --google_dir ./gemma_scope_2b_transcoders
       python -m sweep compare --ours_checkpoint results/cells/<cell_id> --google_dir ./gemma_scope_2b_transcoders \
         --layer 17 --batches 1000 --device cuda:0 --output_dir out/
+      python -m sweep compare --ours_checkpoint old --google_dir ./gemma_scope_2b_transcoders --layer 17 top_k=96
     """
     with refusals():
         import re
 
         from sweep.launch import console
-        from sweep.launch.launch import check_cache
-        from sweep.options import L0_CHOICE, device_problems
-        from sweep.saved import check_layer, check_output, open_saved
+        from sweep.options import L0_CHOICE
 
         n_rows = rows_asked(batches, batch_size)
         if not re.fullmatch(L0_CHOICE, l0):
             raise ConfigError(f"--l0 {l0} is no L0; choose all, lowest, nearest:<number> or a number")
-        if problems := list(device_problems(device)):
-            raise ConfigError(*problems)
-        saved = open_saved(ours_checkpoint)
-        check_layer(saved, layer)
-        if output_dir is not None:
-            check_output(output_dir)
-        cache = CacheFolder(cache_dir or saved.default_cache)
-        check_cache(cache.root)
+        saved, cache = opened(ours_checkpoint, layer, overrides, device, output_dir, cache_dir)
         with console.progress() as report:
             report("start", 0, 0, "")
             from sweep.compare import compare, text, write
 
-            compared = compare(saved, google_dir, width, l0, n_rows, cache, device, report)
+            compared = compare(saved, google_dir, width, l0, n_rows, cache, device, report, causal_rows)
         if output_dir is not None:
             write(compared, output_dir)
         print(text(compared), end="")

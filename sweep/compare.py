@@ -19,20 +19,22 @@ from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
 from sweep.baselines.header import check
 from sweep.config import Cell
 from sweep.errors import ConfigError
-from sweep.evaluate import Evaluation, evaluate
+from sweep.evaluate import Evaluation
 from sweep.job import pick_device
 from sweep.metrics import Metrics
 from sweep.paths import CacheFolder, write_json
 from sweep.progress import Report
 from sweep.saved import Saved
-from sweep.score import Rows, causal_rows_of, row_before
+from sweep.score import causal_rows_of, row_before, score_on_rows
 from sweep.summary import aligned, shown
-from sweep.tokens import ROWS_PER_BLOCK, row_counts
+from sweep.tokens import row_counts
 
 __all__ = ["Compared", "compare", "text", "write"]
 
 OURS = "ours"
 SHOWN = ("l0", "fvu", "cosine", "dead_fraction", "absorption_score", "frac_latents_with_twin")
+CAUSAL = ("ce_recovered_zero", "kl")
+"""Shown where the language model ran with predictions in it."""
 GOOGLE_TOKENS = "4 billion"
 """What Gemma Scope was trained on by its authors' report; that of Gemma Scope 2 is not known here."""
 
@@ -59,8 +61,11 @@ def compare(
     cache: CacheFolder,
     device: str,
     report: Report,
+    n_causal_rows: int | None = None,
 ) -> Compared:
     """Score `saved` and the transcoders in `google_dir` on the first `n_rows` held-out rows (None: its sweep's).
+
+    The language model runs with predictions in it on the first `n_causal_rows` of them (None: as many as in its sweep).
 
     Raises:
         SweepError: there is nothing to compare with, a file is damaged or of another model, the text has fewer rows.
@@ -76,24 +81,19 @@ def compare(
     baselines = [load_baseline(entry, cell.site.layer, d_in, d_out, device) for entry in entries]
     predictors = {OURS: (cell.site, saved.load(device))} | {b.name: (b.site, b.transcoder) for b in baselines}
     n_rows = n_rows or row_counts(cell.data)["heldout"]
-    sites = list(dict.fromkeys(site for site, _ in predictors.values()))
-    rows = Rows(cell, sites, n_rows, cache, device, report)
-    causal = rows.causal(causal_rows_of(row_before(saved), cell))
-    n_blocks = -(-n_rows // ROWS_PER_BLOCK)
-    scores = evaluate(predictors, rows.blocks(), rows.seq_tokens, report, n_blocks, causal=causal)
+    if n_causal_rows is None:
+        n_causal_rows = causal_rows_of(row_before(saved), cell)
+    scores, on = score_on_rows(predictors, cell, n_rows, n_causal_rows, cache, device, report)
     placement, on_frontier = _placed(scores[OURS], {b.name: scores[b.name] for b in baselines})
     return Compared(
-        facts={
-            **saved.facts(), "google_dir": str(google_dir), "n_rows": n_rows, "device": device,
-            "heldout_hash": rows.heldout_hash, "model_hash": rows.model_hash,
-        },
+        facts={**saved.facts(), "google_dir": str(google_dir), **on},
         ours=scores[OURS].metrics,
         google={b.name: _google(b, scores[b.name]) for b in baselines},
         placement=placement,
         on_frontier=on_frontier,
-        budget={OURS: _our_budget(cell)} | {b.name: _their_budget(b, cell) for b in baselines},
+        budget={OURS: _our_budget(saved)} | {b.name: _their_budget(b, cell) for b in baselines},
         sentence=_sentence(placement, scores[OURS].metrics, [scores[name].metrics for name in on_frontier]),
-    )  # fmt: skip
+    )
 
 
 def _google(baseline: Baseline, evaluation: Evaluation) -> dict[str, Any]:
@@ -120,9 +120,10 @@ def _sums(evaluations: list[Evaluation]) -> Sums:
     return Sums(loss, l0, np.array(column("n_tokens", evaluations[0].sequences)))
 
 
-def _our_budget(cell: Cell) -> dict[str, Any]:
+def _our_budget(saved: Saved) -> dict[str, Any]:
+    cell = saved.cell
     return {
-        "training_tokens": cell.schedule.steps * cell.schedule.batch_size,
+        "training_tokens": saved.n_training_tokens,
         "width": cell.capacity.dict_size,
         "hook_in": cell.site.hook_in,
         "weights": cell.model.model_repo or cell.model.model,
@@ -161,8 +162,9 @@ def _sentence(at: Placement, ours: Metrics, edge: list[Metrics]) -> str:
 def text(compared: Compared) -> str:
     """The tables and the verdict."""
     facts = compared.facts
-    lines = [("", *SHOWN), (OURS, *(shown(compared.ours[name]) for name in SHOWN))]
-    lines += [(name, *(shown(metrics[name]) for name in SHOWN)) for name, metrics in compared.google.items()]
+    names = [*SHOWN, *(CAUSAL if compared.ours["n_causal_tokens"] else ())]
+    lines = [("", *names), (OURS, *(shown(compared.ours[name]) for name in names))]
+    lines += [(name, *(shown(metrics[name]) for name in names)) for name, metrics in compared.google.items()]
     keys = ("training_tokens", "width", "hook_in", "weights")
     budget: list[tuple[str, ...]] = [("budget", *keys)]
     for name, given in compared.budget.items():
@@ -172,7 +174,7 @@ def text(compared: Compared) -> str:
     return (
         f"{facts['name']}: {facts['model']} layer {facts['layer']}, {facts['n_rows']:,} held-out rows of "
         f"{facts['dataset']} ({compared.ours['n_evaluated_tokens']:,} tokens), the same for all\n\n"
-        + aligned(lines, right=range(1, 1 + len(SHOWN)))
+        + aligned(lines, right=range(1, 1 + len(names)))
         + "\n"
         + aligned(budget, right=(1, 2))
         + "\n"

@@ -36,6 +36,11 @@ class Saved:
         return self.cell.cell_id
 
     @property
+    def n_training_tokens(self) -> int | None:
+        """What it was trained on, where that is known."""
+        return self.cell.schedule.steps * self.cell.schedule.batch_size
+
+    @property
     def default_cache(self) -> Path:
         """The cache in the results folder; of a transcoder elsewhere, that of the default results folder."""
         return (Path("results") if self.results is None else self.results.root) / "cache"

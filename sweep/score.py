@@ -17,7 +17,7 @@ from sweep.blocks import CachedBlocks, HarvestedBlocks, from_model, with_cache
 from sweep.causal import CausalRows
 from sweep.config import Cell, Site
 from sweep.errors import ConfigError, TooShort
-from sweep.evaluate import evaluate
+from sweep.evaluate import Evaluation, evaluate
 from sweep.job import pick_device
 from sweep.language_model import Activations, ensure_model_folder, load_tokenizer
 from sweep.metrics import Metrics
@@ -28,8 +28,9 @@ from sweep.revisions import weights_hash
 from sweep.saved import Saved
 from sweep.summary import SCALES, summary, target, verdict
 from sweep.tokens import ROWS_PER_BLOCK, TokenFile, only_heldout, prepare_tokens, row_counts, tokens_folder
+from sweep.transcoder import Transcoder
 
-__all__ = ["Scored", "score", "text", "write"]
+__all__ = ["Scored", "score", "score_on_rows", "text", "write"]
 
 
 CAUSAL_ROWS = 8
@@ -84,26 +85,38 @@ def score(
     if before is not None and device == before["device"] == "cpu":
         torch.set_num_threads(before["n_threads"])
 
-    sites = list(dict.fromkeys(site for site, _ in predictors.values()))
-    rows = Rows(saved.cell, sites, n_rows, cache, device, report)
-    n_blocks = -(-n_rows // ROWS_PER_BLOCK)
-    causal = rows.causal(n_causal_rows)
-    scores = evaluate(predictors, rows.blocks(), rows.seq_tokens, report, n_blocks, causal=causal)
+    scores, on = score_on_rows(predictors, saved.cell, n_rows, n_causal_rows, cache, device, report)
     metrics = scores["checkpoint"].metrics
-    facts = {
-        **saved.facts(),
-        "n_rows": n_rows,
-        "heldout_hash": rows.heldout_hash,
-        "model_hash": rows.model_hash,
-        "device": device,
-        **({} if against is None else {"against": against.name}),
-    }
+    facts = {**saved.facts(), **on, **({} if against is None else {"against": against.name})}
     other = scores["against"].metrics if against is not None else None
     return Scored(metrics, other, facts, remark(metrics, facts, before))
 
 
 def model_of(cell: Cell) -> tuple[str, str]:
     return cell.model.model, cell.model.model_revision[:12]
+
+
+def score_on_rows(
+    predictors: Mapping[str, tuple[Site, Transcoder]],
+    cell: Cell,
+    n_rows: int,
+    n_causal_rows: int,
+    cache: CacheFolder,
+    device: str,
+    report: Report,
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    """Every transcoder on the first `n_rows` held-out rows of a cell, in one pass; and what tells which rows these are.
+
+    Raises:
+        SweepError: the text has fewer rows, or the language model lacks a hook.
+    """
+    sites = list(dict.fromkeys(site for site, _ in predictors.values()))
+    rows = Rows(cell, sites, n_rows, cache, device, report)
+    n_blocks = -(-n_rows // ROWS_PER_BLOCK)
+    causal = rows.causal(n_causal_rows)
+    scores = evaluate(predictors, rows.blocks(), rows.seq_tokens, report, n_blocks, causal=causal)
+    facts = {"n_rows": n_rows, "heldout_hash": rows.heldout_hash, "model_hash": rows.model_hash, "device": device}
+    return scores, facts
 
 
 class Rows:

@@ -10,6 +10,7 @@ import pytest
 from gangs import make_workflow, run_cells
 from gemma_scope import random_arrays, write_first, write_second
 from make import make_cell
+from test_foreign import OVERRIDES, weights, write
 from test_sweep_cli import run
 
 from sweep.paths import CacheFolder, ResultsFolder
@@ -80,11 +81,24 @@ def test_one_folder_gives_no_winner_across_l0(results: ResultsFolder, cache: Cac
 
 def test_gemma_scope_2_has_its_own_hook(results: ResultsFolder, cache: CacheFolder, tmp_path: Path) -> None:
     write_second(tmp_path / "google", random_arrays(32, 48, 32, skip=True), l0=9)
-    done = compare(results, cache, tmp_path / "google", "--output_dir", tmp_path / "out", "--batches", 1)
+    out = ("--output_dir", tmp_path / "out")
+    done = compare(results, cache, tmp_path / "google", *out, "--batches", 1, "--causal_rows", 2)
     assert done.exit_code == 0, done.output
+    assert "ce_recovered_zero" in done.stdout
     (found,) = json.loads((tmp_path / "out" / "google_metrics.json").read_text()).values()
     assert found["hook_in"] == "norm_out"
+    assert found["n_causal_tokens"] == 60
     assert "8 held-out rows" in done.stdout
+
+
+def test_a_torch_file_of_another_program_is_compared_too(cache: CacheFolder, google: Path, tmp_path: Path) -> None:
+    old = write(tmp_path / "old", weights(), {"activation": "topk"})
+    done = run("compare", "--ours_checkpoint", old, "--google_dir", google, "--layer", 1, "--cache_dir", cache.root,
+               "--device", "cpu", "--output_dir", tmp_path / "out", *OVERRIDES, "model=tiny", "top_k=4")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["budget"]["ours"] == {"training_tokens": None, "width": 64, "hook_in": "norm_out", "weights": "tiny"}
+    assert found["name"] == "old"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return read_object(path, MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise BaselineError(f"{path} cannot be read ({error}); download it again") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise BaselineError(f"{path} cannot be read ({reason}); download it again") from error
 
 
 def choose(entries: Iterable[Entry], layer: int, width: str | None, l0: str, where: str) -> list[Entry]:

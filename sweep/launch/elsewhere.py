@@ -1,4 +1,4 @@
-"""What `evaluate` is asked to score: a transcoder of ours, or a torch file of another program and what it lacks."""
+"""What `evaluate` and `compare` score: a transcoder of ours, or a torch file of another program and what it lacks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,10 @@ class SavedElsewhere(Saved):
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def n_training_tokens(self) -> None:
+        return None
 
     def read(self, device: str) -> "Transcoder":
         return self.weights.transcoder(self.activation, self.cell.capacity.top_k, device)
@@ -85,7 +89,7 @@ def elsewhere(folder: Path, files: Sequence[Path], layer: int | None, overrides:
     words = {"top_k": "1", **told, **typed}
     _, cells = cells_of([f"{key}={value}" for key, value in words.items()])
     if len(cells) != 1:
-        raise ConfigError(f"{' '.join(overrides)} is a grid; evaluate scores one transcoder")
+        raise ConfigError(f"{' '.join(overrides)} is a grid; name one transcoder")
     return SavedElsewhere(folder, cells[0], None, weights, activation)
 
 
