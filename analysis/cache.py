@@ -62,7 +62,7 @@ def _read(cache: Path, table: str) -> Compact | None:
     """The cache; None where it is missing, damaged or made by another version."""
     try:
         return _decoded(cache.read_bytes(), table)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException, RecursionError):
         return None
 
 

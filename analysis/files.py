@@ -35,6 +35,10 @@ UNREADABLE = (
 """What the two libraries raise on damaged bytes; polars' panic is no Exception."""
 
 
+MOST_VALUES, VALUES_PER_BYTE = 10_000_000, 16
+"""More than any table of ours holds in so many bytes: one value repeated a billion times is a file of a few bytes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a file: why it is left out, and its columns that the schema lacks."""
@@ -128,6 +132,13 @@ def _read_alone(content: bytes) -> pl.DataFrame:
     """Decode one file fully, page checksums included where it has them."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        n_values = sum(
+            file.metadata.row_group(group).column(column).num_values
+            for group in range(file.metadata.num_row_groups)
+            for column in range(file.metadata.num_columns)
+        )
+        if n_values > MOST_VALUES + VALUES_PER_BYTE * len(content):
+            raise _UnusableError(f"it claims {n_values:,} values in {len(content):,} bytes")
         table = file.read(use_threads=False)
         table.validate(full=True)
         return pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))

@@ -33,6 +33,7 @@ __all__ = [
     "at_least",
     "cell_from_json",
     "frozen",
+    "is_of",
     "not_text",
     "option",
 ]

@@ -7,11 +7,11 @@ once.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, not_text, option
+from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, is_of, not_text, option
 from sweep.errors import ConfigError
 from sweep.revisions import data_facts, model_facts
 
@@ -129,8 +129,10 @@ def cell_from_options(options: Mapping[str, Any]) -> Cell:
     Raises:
         ConfigError: with every problem of this cell, not only the first.
     """
+    if problems := tuple(not_of_their_type(options, (*SLICES.values(), Relative, Cell))):
+        raise ConfigError(*problems)
     relative = Relative(**{f.name: frozen(options[f.name]) for f in fields(Relative)})
-    if problems := (*relative.problems(), *not_a_choice(options)):
+    if problems := tuple(relative.problems()):
         raise ConfigError(*problems)
     values = dict(options) | model_facts(options) | data_facts(options)
     values["hook_in"] = canonical_hook(values["hook_in"], values["layer"])
@@ -149,6 +151,8 @@ def workflow_from_options(options: Mapping[str, Any]) -> Workflow:
     Raises:
         ConfigError: a value is out of range.
     """
+    if problems := tuple(not_of_their_type(options, (Workflow,))):
+        raise ConfigError(*problems)
     workflow = Workflow(**{f.name: options[f.name] for f in fields(Workflow)})
     if problems := tuple(workflow.problems()):
         raise ConfigError(*problems)
@@ -171,11 +175,23 @@ def absolute(values: dict[str, Any], relative: Relative) -> None:
         values["min_lr"] = relative.min_lr_fraction * values["lr"]
 
 
-def not_a_choice(options: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of options whose type is a Literal; Hydra knows only that they are strings."""
-    for _, name, hint, _ in option_fields():
-        if get_origin(hint) is Literal and name in options and (value := options[name]) not in get_args(hint):
+def not_of_their_type(options: Mapping[str, Any], kinds: Collection[type]) -> Iterator[str]:
+    """What Hydra lets through: choices, which are strings to it, values behind an interpolation, options taken away."""
+    for kind, name, hint, _ in option_fields():
+        if kind not in kinds:
+            continue
+        if name not in options:
+            yield f"{name} is missing; leave ~{name} out"
+            continue
+        value = options[name]
+        if value is None and (name in ABSOLUTE or name in LOOKED_UP):
+            continue
+        if get_origin(hint) is Literal and not is_of(value, hint):
             yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
+        elif not is_of(frozen(value), hint):
+            yield f"{name}={value} has another type than its option; see --help"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield f"{name}={value} is too large; the largest number is {2**63 - 1}"
 
 
 def canonical_hook(hook: str, layer: int) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -230,3 +232,11 @@ def test_load_in_a_notebook_warns_of_what_it_leaves_out(tmp_path: Path):
 def test_load_of_an_unknown_table_names_the_tables(tmp_path: Path):
     with pytest.raises(ConfigError, match="runs, curves, latents, sequences"):
         load_table(tmp_path, "cells")
+
+
+def test_load_leaves_out_a_value_repeated_twenty_million_times(tmp_path: Path):
+    write_cell(tmp_path, "aa")
+    path = row_file(tmp_path, "aa", "latents")
+    pq.write_table(pa.table({"cell_id": pa.nulls(20_000_000), "density": pa.nulls(20_000_000)}), path)
+    assert path.stat().st_size < 100_000
+    assert "claims 40,000,000 values in" in load_table(tmp_path, "latents").left_out[0].reason

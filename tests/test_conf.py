@@ -140,3 +140,12 @@ def test_options_experiment_is_every_combination_of_a_b_and_c(experiment: str, o
         ]
     assert {one.cell_id for one in found} == {one.cell_id for one in wanted}
     assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "n_cells"),
+    [(["seed=range(0,1000000000)"], "1,000,000,000"), (["lr=range(0.0,1.0,1e-9)"], "1,000,000,000")],
+)
+def test_a_grid_that_fits_no_memory_is_refused_before_it_is_made(words: list[str], n_cells: str) -> None:
+    with pytest.raises(ConfigError, match=f"asks for {n_cells} cells; choose at most 100,000"):
+        cells_of(words)

@@ -6,20 +6,45 @@
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gemma_scope import random_arrays, write_first, write_second
-from make import make_cell, make_site
-from mutations import attack, changed_header, changed_text
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from make import make_cell, make_site, row_file, write_cell
+from mutations import (
+    attack,
+    changed_header,
+    changed_npz,
+    changed_parquet,
+    changed_text,
+    changed_words,
+    limits,
+    told,
+    tree,
+)
+from omegaconf import open_dict
 from test_checkpoint import INPUTS, make_state
 
 from analysis.report.decoder import neighbours
 from analysis.report.sweeps import sweeps_of
+from analysis.tables import load_table
 from sweep import checkpoint
 from sweep.attempt import Attempt
 from sweep.baselines.family import scan
@@ -30,15 +55,21 @@ from sweep.config import as_json
 from sweep.foreign import options_in
 from sweep.language_model import Activations
 from sweep.launch import folder as folder_command
+from sweep.launch import launch
 from sweep.launch.console import out
+from sweep.launch.help import CONF
+from sweep.launch.machine import LocalOptions
 from sweep.launch.plan import look_up
+from sweep.launch.register import register
 from sweep.launch.rounds import freeze
 from sweep.launch.slurm import Submission
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder, write_json
 from sweep.progress import Snapshot
+from sweep.results import polars_schema
 from sweep.revisions import _directory_facts, model_facts, sha256_of_file
 from sweep.saved import config_in, open_saved
 from sweep.status import Status
+from sweep.text import parquet_rows
 from sweep.tokens import identity_of, open_tokens, prepare_tokens, tokens_folder
 from sweep.transcoder import Transcoder, save_transcoder
 
@@ -98,6 +129,11 @@ class Place:
         with contextlib.suppress(OSError, ValueError):  # it is made again
             open_tokens(tokens_folder(CELL.data, CELL.model, self.cache), identity_of(CELL.data, CELL.model))
 
+    @property
+    def tables(self) -> Path:
+        """Two finished cells, aa and bb."""
+        return self.root / "tables"
+
     def shown(self) -> None:
         """What a person is told of the cells."""
         with out.capture():
@@ -126,6 +162,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, language_
     (found.root / "foreign").mkdir()
     told = {"model_name": "tiny", "hook_layer": 1, "k": 4, "activation": "topk", "lr": 3e-4, "d_sae": 64}
     write_json(found.root / "foreign" / "config.json", told)
+    for cell_id in ("aa", "bb"):
+        write_cell(found.tables, cell_id)
+    pq.write_table(pa.table({"text": ["one", "two"], "other": [1, 2]}), found.root / "text.parquet")
     write_first(found.root / "first", random_arrays(32, 16, 32))
     write_second(found.root / "second", random_arrays(32, 16, 32, skip=True))
     shutil.copytree(tiny_folder, found.model)
@@ -209,6 +248,122 @@ def test_changed_json_is_read_or_refused_by_name(name: str, place: Place) -> Non
     attack(n, path(place), changed_text, lambda: read(place), says)
 
 
-@pytest.mark.parametrize("readers", [SAFETENSORS, JSON])
-def test_two_thousand_cases_of_each(readers: dict[str, Reader]) -> None:
-    assert sum(n for n, *_ in readers.values()) == 2000
+def readable_text(place: Place) -> Any:
+    return list(parquet_rows(place.root / "text.parquet", "text"))
+
+
+def table_left_out(table: str) -> Callable[[Place], None]:
+    """What is loaded of a table with one changed file: the others whole, and that one, or its name."""
+
+    def read(place: Place) -> None:
+        loaded = load_table(place.tables, table)
+        frame = loaded.frame.collect()
+        assert frame.schema == polars_schema(table)
+        found = set(frame["cell_id"].to_list())
+        changed = row_file(place.tables, "bb", table)
+        assert "aa" in found and found <= {"aa", "bb"}
+        assert [left.path for left in loaded.left_out] in ([], [changed])
+        assert ("bb" in found) != bool(loaded.left_out) or (table != "runs" and "bb" not in found)  # it has no rows
+
+    return read
+
+
+PARQUET: dict[str, Reader] = {
+    **{
+        table: (n, lambda p, table=table: row_file(p.tables, "bb", table), table_left_out(table), "")
+        for table, n in {"runs": 200, "curves": 200, "latents": 200, "sequences": 200, "contexts": 200}.items()
+    },
+    "text": (1000, lambda p: p.root / "text.parquet", readable_text, ""),
+}
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_changed_parquet_is_read_or_left_out_by_name(name: str, place: Place) -> None:
+    n, path, read, says = PARQUET[name]
+    attack(n, path(place), changed_parquet, lambda: read(place), says)
+
+
+NPZ: dict[str, Reader] = {
+    "": (2000, lambda p: next(p.root.glob("first/*/*/*/params.npz")), lambda p: p.baseline("first"), "")
+}
+
+
+def test_changed_npz_is_read_or_refused_by_name(place: Place) -> None:
+    n, path, read, says = NPZ[""]
+    assert attack(n, path(place), changed_npz, lambda: read(place), says) > n / 2
+
+
+WORDS = (
+    "dict_size=64,96", "top_k=4", "lr=1e-3,3e-3", "layer=1", "hook_in=norm_out", "groups=[8,64]", "betas=[0.9,0.99]",
+    "device=cpu", "steps=30", "seed=range(0,3)", "dataset_path=null", "decay=choice(linear,cosine)",
+    "text_column='a b'", "retry=failed", "model_repo=a/b", "model_format=tiny", "baselines_l0=nearest:4",
+    "model_path=null", "epochs=2.0", "dataset=docstrings",
+    "results_dir=out", "cache_dir=out/cache", "n_tokens=2048", "group_fractions=[0.5,1]",
+    "model_revision=1", "dataset_format=docstrings", "min_lr=null", "batch_size=64", "baselines_dir=null", "wait=true",
+    "model=tiny", "model_dtype=float32", "seq_len=32", "baselines=none", "cache_gib=1", "hang_minutes=0", "odd=1",
+)  # fmt: skip
+
+
+class Composer:
+    """Hydra's loader, which merges the groups once and not again for every cell: a hundred times as fast."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def load_sweep_config(self, _: Any, overrides: list[str]) -> Any:
+        config = deepcopy(self.config)
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(overrides), config)
+        return config
+
+
+def test_changed_overrides_are_taken_or_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the command does, up to its plan, with all that Hydra and we check."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "machine_flops", lambda: 1e11)
+    register()
+    with initialize_config_dir(str(CONF), job_name="sweep_runner", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        config = hydra.compose_config("config", ["model=tiny", "results_dir=out"], RunMode.MULTIRUN)
+        context = HydraContext(hydra.config_loader, Callbacks())
+        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=print)
+    options = deepcopy(config)
+    with open_dict(options):
+        del options["hydra"]
+    sweeper.launcher.hydra_context = HydraContext(Composer(options), Callbacks())
+    before, codes = tree(tmp_path), []
+    with told() as broken:
+        for seed in range(2000):
+            words = changed_words(Random(f"words {seed}"), WORDS)
+            try:
+                with limits():
+                    code = planned(sweeper, words)
+            except Exception as error:
+                broken(error, f"{seed} {words}")
+                continue
+            said = capsys.readouterr()
+            if not (said.out if code == 0 else said.err):
+                broken(f"{code} without a word", f"{seed} {words}")
+            codes.append(code)
+    assert tree(tmp_path) == before
+    assert 200 < codes.count(0) < 1000
+    assert set(codes) == {0, 2}
+
+
+def planned(sweeper: Any, words: list[str]) -> int:
+    """The exit code of `python sweep_runner.py -m dry_run=true <words>`."""
+    try:
+        cells = [sweeper.launcher.compose(cell) for cell in sweeper.grid(words)[:2]]
+    except HydraException as error:  # it ends the program, in its words
+        print(error, file=sys.stderr)
+        return 2
+    for _, options in cells:
+        if isinstance(options, dict):
+            options["dry_run"] = True
+    return launch.launch(cells, LocalOptions())
+
+
+def test_two_thousand_cases_of_each() -> None:
+    for readers in (SAFETENSORS, JSON, PARQUET, NPZ):
+        assert sum(n for n, *_ in readers.values()) == 2000

@@ -101,7 +101,7 @@ def resolve(jobs: Sequence[Composed]) -> tuple[Workflow, list[tuple[tuple[str, .
 def _swept_workflow_keys(options: Sequence[dict[str, Any]]) -> list[str]:
     problems = []
     for key in (f.name for f in fields(Workflow)):
-        values = list(dict.fromkeys(str(cell[key]) for cell in options))
+        values = list(dict.fromkeys(str(cell.get(key)) for cell in options))
         if len(values) > 1:
             problems.append(f"{key}={','.join(values)} cannot be swept: it is not part of a cell; give it one value")
     return problems

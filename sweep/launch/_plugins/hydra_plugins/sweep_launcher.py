@@ -1,11 +1,13 @@
 """The plugin Hydra loads: a grid sweeper that leaves no folder behind, and a launcher that plans first."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -21,6 +23,10 @@ from sweep.launch.slurm_options import SlurmOptions
 def refuse(key: str, value: str, fix: str) -> NoReturn:
     sys.stderr.write(f"{key}: {value} cannot run a sweep; choose {key}={fix}\n")
     raise SweepExit(2)
+
+
+MAX_CELLS = 100_000
+"""A grid is a list in memory, and a range is quickly typed with too many zeros."""
 
 
 class GridSweeper(BasicSweeper):
@@ -43,6 +49,8 @@ class GridSweeper(BasicSweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        if (n_cells := math.prod(map(n_choices, overrides))) > MAX_CELLS:
+            raise HydraException(f"{' '.join(arguments)} asks for {n_cells:,.0f} cells; choose at most {MAX_CELLS:,}")
         (grid,) = self.split_arguments(overrides, None)
         return [list(cell) for cell in grid]
 
@@ -50,6 +58,15 @@ class GridSweeper(BasicSweeper):
         """What the launcher would get to run, without running it."""
         assert isinstance(self.launcher, SweepLauncher)
         return [self.launcher.compose(overrides) for overrides in self.grid(arguments)]
+
+
+def n_choices(override: Override) -> float:
+    """How many values an override sweeps over, without listing them."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        start, stop = value.start or 0, value.stop or 0
+        return max((stop - start) / value.step, 0) if value.step else math.inf
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
 
 
 class SweepLauncher(Launcher):
@@ -77,7 +94,7 @@ class SweepLauncher(Launcher):
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             plain = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
             cause = f"{error}" if error.__cause__ is None else f"{error.__cause__}"
             return overrides, " ".join(line.strip() for line in cause.splitlines() if line.strip())
         assert isinstance(plain, dict)
