@@ -217,6 +217,7 @@ def schema_command(
     table: Annotated[str | None, typer.Argument(help="One table; all of them if left out.")] = None,
     json: AsJson = False,
     csv: AsCsv = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Tables in Markdown: docs/schema.md.")] = False,
 ) -> None:
     """The columns of each table: type, unit and meaning.
 
@@ -226,7 +227,7 @@ def schema_command(
       python -m analysis schema runs --json
     """
     with refusals():
-        one_format(json, csv)
+        one_format(json, csv, markdown)
         from analysis import show
         from sweep.errors import ConfigError
         from sweep.results import TABLES
@@ -241,14 +242,13 @@ def schema_command(
         elif csv:
             show.write(show.as_csv(columns, rows))
         else:
-            for name in tables:
-                lines = [
-                    (c, dtype, unit, doc + volatile * " (volatile)")
-                    for t, c, dtype, unit, volatile, doc in rows
-                    if t == name
-                ]
-                table_text = show.as_table(("column", "type", "unit", "meaning"), lines)
-                show.write([show.as_text(name, style="bold"), table_text, "\n"])
+            headings = ("column", "type", "unit", "meaning")
+            for name, part in tables.items():
+                lines = [(c.name, c.dtype, c.unit, c.doc + " (volatile)" * c.volatile) for c in part]
+                if markdown:
+                    show.write([f"## {name}\n\n", *show.as_markdown(headings, lines), "\n"])
+                else:
+                    show.write([show.as_text(name, style="bold"), show.as_table(headings, lines), "\n"])
             show.write(["unit 1: a number without one; volatile: differs between identical runs\n"])
 
 

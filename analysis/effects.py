@@ -14,13 +14,11 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import polars as pl
-from omegaconf import OmegaConf
 
+from analysis.presets import decides, has_preset, preset
 from analysis.rows import (
     FOLLOWS,
     KEY,
@@ -36,11 +34,8 @@ from analysis.rows import (
 )
 from analysis.spread import interval_of_mean
 from sweep.config import frozen
-from sweep.options import ABSOLUTE, Relative, absolute
 
-__all__ = ["FIELDS", "Effect", "Effects", "effects", "has_preset", "preset"]
-
-CONF = Path(__file__).parents[1] / "conf"
+__all__ = ["FIELDS", "Effect", "Effects", "effects"]
 
 IMPROVEMENTS = {"A": "capacity", "B": "schedule", "C": "revival"}
 """The letters under which presets `improved` of these groups are known."""
@@ -97,9 +92,9 @@ def _group(key: Row, rows: list[Row]) -> Effects:
     for (letter, group), origin in itertools.product(IMPROVEMENTS.items(), FROM):
         if pairs := _improvement_pairs(rows, group, origin):
             found += _changes(f"{letter} {group}", origin, "improved", pairs)
-            together |= _resolved(preset(group, origin)) | _resolved(preset(group, "improved"))
+            together |= decides(preset(group, origin)) | decides(preset(group, "improved"))
     for name in OPTIONS:
-        if common_fraction(name, rows):
+        if common_fraction(name, rows) or len({frozen(row[name]) for row in rows}) == 1:
             continue
         levels = _levels(rows, name)
         changes = [effect for steps in _steps(levels, name) for effect in _changes(name, *steps)]
@@ -141,7 +136,7 @@ def _improvement_pairs(rows: list[Row], group: str, origin: str) -> list[Pair]:
     except FileNotFoundError:  # not every group has a tuned preset
         return []
     here, there = ([row for row in rows if has_preset(row, values)] for values in (before, after))
-    return _pairs(here, there, {*_resolved(before), *_resolved(after)})
+    return _pairs(here, there, {*decides(before), *decides(after)})
 
 
 def _pairs(here: list[Row], there: list[Row], changed: Collection[str]) -> list[Pair]:
@@ -195,44 +190,3 @@ def _changes(option: str, from_value: str, to_value: str, pairs: Sequence[Pair])
 def _order(value: Any) -> tuple[bool, bool, Any]:
     """Missing values first, then by size or alphabet."""
     return (value is not None, isinstance(value, str), frozen(value) if value is not None else 0)
-
-
-@cache
-def preset(group: str, name: str) -> Mapping[str, Any]:
-    """The options that a preset of conf/ sets, those of the presets it builds on included.
-
-    Raises:
-        FileNotFoundError: there is no such preset.
-    """
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
-    values: dict[str, Any] = {}
-    for below in content.pop("defaults", []):
-        if below != "_self_":
-            values |= preset(group, below)
-    return {**values, **content}
-
-
-def has_preset(row: Row, values: Mapping[str, Any]) -> bool:
-    """Whether a run has the values that the options of a preset would have given it."""
-    wanted = {**row, **values}
-    relative = {name: wanted.get(name, 0.0) for name in ABSOLUTE.values()}
-    for name, fraction in ABSOLUTE.items():
-        if fraction in values and name not in values:
-            wanted[name] = None
-    absolute(wanted, Relative(**{**relative, "group_fractions": frozen(wanted.get("group_fractions", []))}))
-    return all(_close(row[name], wanted[name]) for name in _resolved(values))
-
-
-def _resolved(values: Mapping[str, Any]) -> set[str]:
-    """The options of a cell that a preset decides: an absolute one for each relative one."""
-    followers = {fraction: name for name, fraction in ABSOLUTE.items()}
-    return {followers.get(name, name) for name in values}
-
-
-def _close(value: Any, wanted: Any) -> bool:
-    """Equal, up to the last digits of a float."""
-    if isinstance(value, list | tuple):
-        return len(value) == len(wanted) and all(map(_close, value, wanted))
-    if isinstance(value, float):
-        return math.isclose(value, wanted, rel_tol=1e-9)
-    return bool(value == wanted)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["as_csv", "as_json", "as_table", "as_text", "plain", "readable", "write"]
+__all__ = ["as_csv", "as_json", "as_markdown", "as_table", "as_text", "plain", "readable", "write"]
 
 UNLIMITED = 100_000
 """Columns of a file or a pipe: nothing is folded there."""
@@ -48,6 +48,12 @@ def as_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[st
         cells = [json.dumps(plain(v), default=str) if isinstance(v, list | dict) else v for v in row]
         csv.writer(line, lineterminator="\n").writerow(cells)
         yield line.getvalue()
+
+
+def as_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown; a bar inside a field is escaped."""
+    for row in itertools.chain([columns, ["---"] * len(columns)], rows):
+        yield f"| {' | '.join(value.replace('|', chr(92) + '|') for value in row)} |\n"
 
 
 def plain(value: Any) -> Any:

@@ -14,8 +14,9 @@ from make import make_cell, write_cell
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
-from analysis.effects import FIELDS, Effect, Effects, effects, has_preset, preset
+from analysis.effects import FIELDS, Effect, Effects, effects
 from analysis.effects_table import effects_text
+from analysis.presets import has_preset, preset
 from analysis.tables import load_table
 from sweep.results import METRICS
 
@@ -104,6 +105,13 @@ def test_steps_follow_the_batch_size(tmp_path: Path):
         ("batch_size", "48", "64"): (1, pytest.approx(-0.1))
     }
     assert group["steps", "0.76*n_tokens/batch_size", "1*n_tokens/batch_size"].n_pairs == 1
+
+
+def test_an_option_that_stays_as_it_is_does_not_vary(tmp_path: Path):
+    for i, batch in enumerate((48, 64)):
+        write_cell(tmp_path, f"c{i}", options={"batch_size": batch, "steps": 30, "warmup_steps": 1})
+    group = found(tmp_path)
+    assert (set(of(group)), group.unmatched) == ({("batch_size", "48", "64")}, [])
 
 
 def test_more_text_is_compared_with_less(tmp_path: Path):

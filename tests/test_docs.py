@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from test_cli import GRID
 from test_layers import OURS
+from typer.testing import CliRunner
+
+from analysis.__main__ import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +50,12 @@ def test_options_in_the_pages_exist() -> None:
     ):
         for key in re.findall(r"([\w./]+)=", line.partition("#")[0]):
             assert key in names
+
+
+def test_the_tables_are_told_in_the_words_of_the_schema() -> None:
+    page = (ROOT / "docs" / "schema.md").read_text()
+    told = CliRunner().invoke(app, ["schema", "--markdown"]).stdout
+    assert page.endswith(told), "put what `python -m analysis schema --markdown` prints into docs/schema.md"
 
 
 def test_changelog_begins_with_this_version() -> None:
