@@ -14,6 +14,7 @@ import pytest
 from cluster import Cluster, start_cluster
 from gangs import same_bytes
 from test_cli import ROOT, run
+from test_local import broken
 
 from sweep.attempt import newest
 from sweep.config import cell_from_json
@@ -160,6 +161,23 @@ def test_a_failing_cell_leaves_the_others_and_is_told(cluster: Cluster, tmp_path
     asked = sweep.ask("status")
     assert "diverged" in asked.stdout
     assert sweep.ask("collect").returncode == 1
+
+
+def test_a_cell_short_of_memory_is_given_more(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
+    """It runs out in its first two jobs, and is a cell of its own in the third, which may have no more than that."""
+    sweep = Sweep(cluster, tmp_path / "out", cache, "-m", "experiment=smoke", "steps=10", "lr=1e-3,2e-3")
+    faults = ",".join(f"memory@2e-3@5@{tmp_path / name}" for name in ("once", "twice"))
+    sweep.environment = broken(faults) | cluster.environment
+    done = sweep.run("hydra.launcher.mem_gb=1", "hydra.launcher.max_mem_gb=3")
+    assert done.returncode == 0, done.stderr
+    assert "1 cell ran out of memory, and may have more:" in done.stdout
+    assert [line.rpartition(", ")[2] for line in done.stdout.splitlines() if line.startswith("submitted")] == [
+        "1 GB each",
+        "2 GB each",
+        "3 GB each",
+    ]
+    assert {"1G", "2G", "3G"} <= set(cluster.run("squeue", "-h", "--states=all", "-o", "%m").split())
+    assert sorted(status.attempts for status in sweep.statuses) == [1, 3]
 
 
 def test_the_script_is_shown_and_nothing_submitted(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
@@ -320,6 +338,31 @@ def test_jobs_that_slurm_forgot_are_sent_again(cluster: Cluster, tmp_path: Path,
     assert "unknown to Slurm" in sweep.ask("collect").stderr
     sweep.finish()
     assert len(list(tmp_path.glob("runs/*"))) == 2
+
+
+def test_a_job_that_slurm_forgot_and_that_works_on_is_waited_for(
+    cluster: Cluster, tmp_path: Path, cache: CacheFolder
+) -> None:
+    """Its lock tells that it lives. Slurm's own daemon on the node would end it, so that one is cut off first."""
+    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=600", "checkpoint_steps=20")
+    launcher = sweep.start()
+    sweep.wait_for_training()
+    (process,) = job_processes(cluster)
+    process.suspend()
+    cluster.cut_off_node(process.environ()["SLURMD_NODENAME"])
+    cluster.kill_controller()
+    cluster.start_controller(forget=True)
+    collected = sweep.ask("collect")
+    assert collected.returncode == 1
+    assert "unknown to Slurm, and at work" in collected.stderr
+    assert "lost" not in sweep.ask("status").stdout
+    assert "1 running; nothing to run" in sweep.run("dry_run=true").stdout
+    process.resume()
+    output, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, errors
+    assert output.count("submitted") == 1
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    assert sweep.statuses[0].attempts == 1
 
 
 def test_a_launcher_that_dies_is_not_missed(

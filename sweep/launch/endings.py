@@ -16,9 +16,11 @@ from pathlib import Path
 from sweep.config import Cell
 from sweep.failures import Failure
 from sweep.launch.jobs import Job
+from sweep.paths import ResultsFolder, try_lock
 from sweep.pulse import at_work_on, stacks_of
+from sweep.status import FAILED, State, read_status
 
-__all__ = ["Ending", "divided", "ending_of", "halves"]
+__all__ = ["Ending", "divided", "ending_of", "halves", "part", "record"]
 
 FAULTS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT", "SIGSYS")
 TAIL_BYTES = 1 << 12
@@ -91,3 +93,15 @@ def halves(job: Job, cells: Sequence[Cell]) -> list[Job]:
 
 def part(job: Job, cells: Sequence[Cell]) -> Job:
     return Job(tuple(cells), job.memory_bytes * len(cells) / len(job.cells))
+
+
+def record(ending: Ending, cell_id: str, results: ResultsFolder, *, blamed: bool) -> None:
+    """Write into a cell's status how its process ended, unless somebody is at the cell again."""
+    folder = results.cell(cell_id)
+    if (lock := try_lock(folder.lock)) is None:
+        return
+    with lock:
+        status = read_status(folder)
+        state: State = ending.state if blamed else "interrupted"
+        error = {"class": ending.state, "message": ending.message, "traceback": ending.stacks}
+        status.changed(state=state, error=error, failures=status.failures + (state in FAILED)).write(folder)

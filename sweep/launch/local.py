@@ -21,13 +21,13 @@ import psutil
 from sweep.config import Cell
 from sweep.errors import Interrupted
 from sweep.launch import payload
-from sweep.launch.endings import Ending, divided, ending_of, halves, part
+from sweep.launch.endings import divided, ending_of, halves, part, record
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, is_held, try_lock
+from sweep.paths import LaunchFolder, ResultsFolder, is_held
 from sweep.results import has_row
-from sweep.status import FAILED, State, Status, read_status
+from sweep.status import Status, read_status
 
 __all__ = ["Queue", "Running", "run_local"]
 
@@ -164,7 +164,8 @@ class Queue:
             again += jobs
             why.append(f"{ending.state} {ending.message}" + (f", at cell {ending.cell_id}" if ending.cell_id else ""))
             for cell in left.died:
-                record(ending, cell, self._results, blamed=cell in given_up or cell.cell_id == ending.cell_id)
+                blamed = cell in given_up or cell.cell_id == ending.cell_id
+                record(ending, cell.cell_id, self._results, blamed=blamed)
         if not why:
             return
         numbers = range(self.n_jobs + 1, self.n_jobs + 1 + len(again))
@@ -201,18 +202,6 @@ def smaller(job: Job, cells: Sequence[Cell]) -> list[Job]:
     if len(cells) < len(job.cells):
         return [part(job, cells)]
     return halves(job, cells) if len(cells) > 1 else []
-
-
-def record(ending: Ending, cell: Cell, results: ResultsFolder, *, blamed: bool) -> None:
-    """Write into a cell's status how its process ended, unless somebody is at the cell again."""
-    folder = results.cell(cell.cell_id)
-    if (lock := try_lock(folder.lock)) is None:
-        return
-    with lock:
-        status = read_status(folder)
-        state: State = ending.state if blamed else "interrupted"
-        error = {"class": ending.state, "message": ending.message, "traceback": ending.stacks}
-        status.changed(state=state, error=error, failures=status.failures + (state in FAILED)).write(folder)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,13 +32,14 @@ from sweep.launch.local import Queue, run_local
 from sweep.launch.machine import LocalOptions, Slot
 from sweep.launch.outcome import DONE, INTERRUPTED, NOT_DONE, tell
 from sweep.launch.plan import Plan, make_plan
-from sweep.launch.slurm import SlurmJobs, follow, live_cells, submit
+from sweep.launch.slurm import SlurmJobs, follow, live_cells, may_grow, submit
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import SlurmSilent
 from sweep.launch.watch import Jobs, Together, follow_to_the_end, watching
 from sweep.leftovers import reopen, settle
 from sweep.paths import LaunchFolder, ResultsFolder, locked, remove_leftovers, try_lock, write_atomic, write_json
 from sweep.provenance import git_state
+from sweep.status import read_status
 
 __all__ = ["Venue", "freeze", "run_rounds"]
 
@@ -94,13 +95,21 @@ class Round:
     folder: LaunchFolder
     others: Others
     in_slurm: frozenset[str]
+    failures: Mapping[str, int]
+    """How often each cell of the jobs had failed before."""
 
     @property
     def left(self) -> list[tuple[tuple[str, ...], Cell]]:
         """What other launchers left. What jobs in Slurm left is told, and goes on when the command is given again."""
-        mine = {cell_id for job in self.jobs for cell_id in job.cell_ids}
-        left = self.others.left - self.in_slurm - mine
-        return [(planned.overrides, planned.cell) for planned in self.plan.watched if planned.cell.cell_id in left]
+        return self._cells(self.others.left - self.in_slurm - set(self.failures))
+
+    def short_of_memory(self, options: SlurmOptions, results: ResultsFolder) -> list[tuple[tuple[str, ...], Cell]]:
+        """Cells that ran out of memory in Slurm this time and may be given more."""
+        failed = [each for each, n in self.failures.items() if read_status(results.cell(each)).failures > n]
+        return self._cells(may_grow(failed, options, results))
+
+    def _cells(self, cell_ids: Collection[str]) -> list[tuple[tuple[str, ...], Cell]]:
+        return [(planned.overrides, planned.cell) for planned in self.plan.watched if planned.cell.cell_id in cell_ids]
 
 
 def run_rounds(first: Plan, jobs: Sequence[Job], venue: Venue, divide: Callable[[Plan], Sequence[Job]]) -> int:
@@ -121,9 +130,14 @@ def run_rounds(first: Plan, jobs: Sequence[Job], venue: Venue, divide: Callable[
                             console.out.print(FOLLOW.format(results=shlex.quote(str(results.root))))
                             return DONE if complete else NOT_DONE
                         followed.append(follow_in_slurm(each, results, stop))
-                    if not (left := each.left):
+                    left = each.left
+                    if left:
+                        console.out.print(f"{plural(len(left), 'cell')} left by another launcher:")
+                    if isinstance(options, SlurmOptions) and (short := each.short_of_memory(options, results)):
+                        console.out.print(f"{plural(len(short), 'cell')} ran out of memory, and may have more:")
+                        left += short
+                    if not left:
                         break
-                    console.out.print(f"{plural(len(left), 'cell')} left by another launcher:")
                     plan = make_plan(first.workflow, left, results, venue.in_other_hands())
                     jobs = divide(plan)
         except (Interrupted, KeyboardInterrupt) as stopped:
@@ -177,13 +191,16 @@ def claim(plan: Plan, jobs: Sequence[Job], venue: Venue, sweep_id: str, folders:
             if plan.workflow.retry == "failed":
                 reopen(results, cell.cell_id)
         folder = folders.enter_context(launch_folder(results, sweep_id))
-        mine = {cell_id for job in free for cell_id in job.cell_ids if isinstance(venue.options, LocalOptions)}
-        if mine:
+        mine = {cell_id for job in free for cell_id in job.cell_ids}
+        if isinstance(venue.options, SlurmOptions):
+            mine = set()  # a job of ours that Slurm forgets may work on, and is told by its lock like another's
+        elif mine:
             Claim.of(mine, results).write(folder)
     others = Others(results, [planned.cell.cell_id for planned in plan.watched if planned.cell.cell_id not in mine])
     for each in others.claims:
         console.out.print(f"{plural(len(each.starts), 'cell')} elsewhere, in {each.words}: watched here")
-    return Round(plan, free, folder, others, frozenset(in_slurm))
+    failures = {cell_id: read_status(results.cell(cell_id)).failures for job in free for cell_id in job.cell_ids}
+    return Round(plan, free, folder, others, frozenset(in_slurm), failures)
 
 
 def run_here(each: Round, results: ResultsFolder, slots: Sequence[Slot], options: LocalOptions, stop: Stop) -> Jobs:
@@ -235,7 +252,8 @@ def send_out(each: Round, options: SlurmOptions, results: ResultsFolder) -> bool
     """
     sent, problem = submit(each.jobs, each.plan.workflow, options, results) if each.jobs else ([], "")
     for submission in sent:
-        console.out.print(f"submitted {plural(len(submission.jobs), 'job')} as Slurm job {submission.slurm_id}")
+        memory = "" if submission.mem_gb is None else f", {submission.mem_gb:g} GB each"
+        console.out.print(f"submitted {plural(len(submission.jobs), 'job')} as Slurm job {submission.slurm_id}{memory}")
     if problem and not sent:
         raise SweepError(problem)
     if problem:
@@ -250,9 +268,11 @@ def follow_in_slurm(each: Round, results: ResultsFolder, stop: Stop) -> Jobs:
         Interrupted: `stop` became true; the jobs go on.
     """
     cell_ids = [planned.cell.cell_id for planned in each.plan.watched]
-    jobs = Together(SlurmJobs(results, cell_ids), each.others)
+    followed = SlurmJobs(results, cell_ids)
+    jobs = Together(followed, each.others)
     with watching(each.plan.watched, results) as watch:
         follow_to_the_end(jobs, watch, stop)
+    followed.tell_memory()
     return jobs
 
 

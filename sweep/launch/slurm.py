@@ -26,16 +26,17 @@ from typing import Any
 from sweep.errors import SweepError
 from sweep.launch import payload
 from sweep.launch.claims import claimed
+from sweep.launch.endings import Ending, record
 from sweep.launch.jobs import Job
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, locked, write_json
+from sweep.paths import LaunchFolder, ResultsFolder, is_held, locked, write_json
 from sweep.pulse import stacks_of
 from sweep.revisions import read_object
-from sweep.status import Status
+from sweep.status import FAILED, Status, read_status
 
-__all__ = ["Followed", "SlurmJobs", "Submission", "follow", "live_cells", "sbatch_script", "submit"]
+__all__ = ["Followed", "SlurmJobs", "Submission", "follow", "live_cells", "may_grow", "sbatch_script", "submit"]
 
 ASK_SECONDS = 10.0
 """How often Slurm is asked while somebody watches; its controller serves a whole cluster."""
@@ -52,12 +53,14 @@ class Submission:
     """One array, or one job: its folder, and the cells of each element. `slurm_id` is empty until sbatch answered.
 
     `for_rows`: whether its end can be told by the rows of its cells, none of which was finished when it went out.
+    `mem_gb` is the memory of each job, null where it was left to the cluster.
     """
 
     folder: LaunchFolder
     jobs: tuple[tuple[str, ...], ...]
     slurm_id: str = ""
     for_rows: bool = True
+    mem_gb: float | None = None
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ class Submission:
 
     def write(self) -> None:
         values = {"jobs": [list(cells) for cells in self.jobs], "slurm_id": self.slurm_id, "for_rows": self.for_rows}
-        write_json(self.folder.submission, values)
+        write_json(self.folder.submission, {**values, "mem_gb": self.mem_gb})
 
     @classmethod
     def read(cls, root: Path) -> "Submission | None":
@@ -77,7 +80,8 @@ class Submission:
         try:
             found = read_object(folder.submission, MAX_RECORD_BYTES)
             jobs = tuple(tuple(str(cell_id) for cell_id in cells) for cells in found["jobs"])
-            return cls(folder, jobs, str(found["slurm_id"]), bool(found.get("for_rows", True)))
+            memory, for_rows = found.get("mem_gb"), bool(found.get("for_rows", True))
+            return cls(folder, jobs, str(found["slurm_id"]), for_rows, None if memory is None else float(memory))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -104,8 +108,9 @@ class Followed:
 
     @property
     def words(self) -> str:
-        """Such as `Slurm job 12_3, running on node1`."""
-        return f"Slurm job {self.id}, {'unknown to Slurm' if self.seen is None else self.seen.words}"
+        """Such as `Slurm job 12_3, 16 GB, running on node1`."""
+        memory = "" if self.submission.mem_gb is None else f", {self.submission.mem_gb:g} GB"
+        return f"Slurm job {self.id}{memory}, {'unknown to Slurm' if self.seen is None else self.seen.words}"
 
     @property
     def log(self) -> Path:
@@ -161,14 +166,23 @@ def submit(
     results.slurm.mkdir(exist_ok=True)
     with locked(results.lock):
         followed = follow(results, finished=True)
+        tell_memory(followed, results)
+        had = memory_had(results)
         tidy(followed, results)
         taken = claimed(results) | live_cells(followed)
         parts = [tuple(cell_id for cell_id in job.cell_ids if cell_id not in taken) for job in jobs]
-        waiting = [part for part in parts if part]
-        for begin in range(0, len(waiting), size):
+        by_memory: dict[float | None, list[tuple[str, ...]]] = {}
+        for part in filter(None, parts):
+            by_memory.setdefault(memory_for(part, options, results, had), []).append(part)
+        arrays = [
+            (memory, alike[begin : begin + size])
+            for memory, alike in by_memory.items()
+            for begin in range(0, len(alike), size)
+        ]
+        for memory, alike in arrays:
             after = sent[-1].slurm_id if sent and options.array_parallelism else None
             try:
-                sent.append(send(waiting[begin : begin + size], workflow, options, results, after))
+                sent.append(send(alike, workflow, options, results, after, memory))
             except SweepError as error:
                 return sent, str(error)
     return sent, ""
@@ -180,6 +194,7 @@ def send(
     options: SlurmOptions,
     results: ResultsFolder,
     after: str | None,
+    mem_gb: float | None,
 ) -> Submission:
     """One array. `after` is the one whose end it waits for, so that `array_parallelism` holds for all together.
 
@@ -191,7 +206,7 @@ def send(
 
     root = Path(tempfile.mkdtemp(dir=results.slurm, prefix="")).absolute()
     for_rows = not any(results.row("runs", cell_id).exists() for cells in jobs for cell_id in cells)
-    submission = Submission(LaunchFolder(root), tuple(jobs), for_rows=for_rows)
+    submission = Submission(LaunchFolder(root), tuple(jobs), for_rows=for_rows, mem_gb=mem_gb)
     for index, cell_ids in enumerate(jobs):
         payload.describe(submission.folder.job(index), cell_ids, workflow, None)
     submission.write()
@@ -199,7 +214,7 @@ def send(
     try:
         with outside_of_a_job(), contextlib.redirect_stderr(said):
             executor = submitit.SlurmExecutor(submission.folder.submitit, python=options.command)
-            parameters = options.sbatch(submission.name) | {"wckey": None}
+            parameters = options.sbatch(submission.name, mem_gb) | {"wckey": None}
             executor.update_parameters(**parameters, **({"dependency": f"afterany:{after}"} if after else {}))
             paths = [str(submission.folder.job(index)) for index in range(len(jobs))]
             started: list[Any] = executor.map_array(payload.run_in_slurm, paths)
@@ -209,6 +224,52 @@ def send(
     submission = replace(submission, slurm_id=str(started[0].job_id).partition("_")[0])
     submission.write()
     return submission
+
+
+def memory_had(results: ResultsFolder) -> dict[str, float]:
+    """The most memory, in GB, that each cell has had in a job whose folder is still there."""
+    had: dict[str, float] = {}
+    for submission in filter(None, map(Submission.read, results.slurm.glob("*/"))):
+        for cell_id in (cell_id for cells in submission.jobs for cell_id in cells):
+            had[cell_id] = max(had.get(cell_id, 0.0), submission.mem_gb or 0.0)
+    return had
+
+
+def memory_for(
+    cell_ids: Sequence[str], options: SlurmOptions, results: ResultsFolder, had: Mapping[str, float]
+) -> float | None:
+    """What to ask for a job, in GB: for cells that ran out of memory twice what they had, up to the limit."""
+    if options.mem_gb is None or options.most_memory is None:
+        return None
+    short = [2 * had[each] for each in cell_ids if each in had and ran_out(read_status(results.cell(each)))]
+    return min(max([options.mem_gb, *short]), max(options.mem_gb, options.most_memory))
+
+
+def ran_out(status: Status) -> bool:
+    """Whether a cell ended for want of main memory; that of a GPU does not grow with what Slurm is asked for."""
+    return status.state == "out_of_memory" and "CUDA" not in status.error.get("message", "")
+
+
+def may_grow(cell_ids: Collection[str], options: SlurmOptions, results: ResultsFolder) -> list[str]:
+    """Those of the cells that ran out of memory and may be given more."""
+    had = memory_had(results)
+    return [
+        each
+        for each in cell_ids
+        if options.most_memory is not None
+        and 0 < had.get(each, 0.0) < options.most_memory
+        and ran_out(read_status(results.cell(each)))
+    ]
+
+
+def tell_memory(followed: Sequence[Followed], results: ResultsFolder) -> None:
+    """Write into the statuses of cells whose job Slurm killed for its memory that it did."""
+    newest = {cell_id: job for job in followed for cell_id in job.cell_ids}
+    for cell_id, job in newest.items():
+        if job.seen is None or job.seen.state != "OUT_OF_MEMORY" or results.row("runs", cell_id).exists():
+            continue
+        if read_status(results.cell(cell_id)).state not in FAILED:
+            record(Ending("out_of_memory", job.words), cell_id, results, blamed=True)
 
 
 def sbatch_script(n_jobs: int, options: SlurmOptions, results: ResultsFolder) -> str:
@@ -283,6 +344,10 @@ class SlurmJobs:
             jobs = [replace(job, seen=None) if job.live else job for job in gone] + jobs
             self._jobs = [job for job in jobs if self._cell_ids & set(job.cell_ids)]
 
+    def tell_memory(self) -> None:
+        """Write into the statuses of cells whose job Slurm killed for its memory that it did."""
+        tell_memory(self._jobs, self._results)
+
     @property
     def live(self) -> list[Followed]:
         return [job for job in self._jobs if job.live]
@@ -321,11 +386,13 @@ class SlurmJobs:
             return None
         if job.live:
             return f"in {job.words}; python -m sweep watch follows it", job.log
+        if is_held(self._results.cell(cell_id).lock):
+            return f"in {job.words}, and at work; python -m sweep watch follows it", job.log
         file = job.submission.folder.job(job.index)
         if stacks_of(file):
             words = f"hung: no sign of life for hang_minutes; its threads' stacks are in {file.parent}"
             return f"{words}; give the command again to go on", job.log
         if job.seen is not None and job.seen.state == "OUT_OF_MEMORY":
-            fix = "give the command again with more hydra.launcher.mem_gb, or hydra.launcher.jobs= for smaller gangs"
+            fix = "give the command again with more hydra.launcher.mem_gb=, or jobs= for smaller gangs"
             return f"out of memory: {job.words}; {fix}", job.log
         return f"lost: {job.words}; give the command again to go on", job.log

@@ -21,12 +21,16 @@ job, and requeues a preempted one, a little later anyway."""
 RESERVED = ("array", "output", "error", "job-name", "requeue", "signal", "open-mode", "ntasks", "nodes")
 """What the launcher itself says to sbatch."""
 
+GROWTH = 4
+"""How many times its memory a job may be given where `max_mem_gb` does not say."""
+
 
 @dataclass
 class SlurmOptions:
     """One job per gang of cells; `jobs` asks for more. Hydra checks the types.
 
-    `memory_gib` is what one job may plan with on its GPU, null for no limit; `mem_gb` is asked of Slurm.
+    `memory_gib` is what one job may plan with on its GPU, null for no limit; `mem_gb` is asked of Slurm, and again
+    twice as much, up to `max_mem_gb`, for cells that ran out of it.
     """
 
     _target_: str = "hydra_plugins.sweep_launcher.SweepLauncher"
@@ -39,6 +43,7 @@ class SlurmOptions:
     gres: str | None = None
     cpus_per_task: int = 4
     mem_gb: float | None = None
+    max_mem_gb: float | None = None
     timeout_min: int = 240
     signal_delay_s: int = 120
     jobs: int | None = None
@@ -61,9 +66,11 @@ class SlurmOptions:
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
                 yield f"hydra.launcher.{name}={value} must be at least 1"
-        for name in ("mem_gb", "memory_gib"):
+        for name in ("mem_gb", "max_mem_gb", "memory_gib"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 yield f"hydra.launcher.{name}={value} must be a positive number, or null"
+        if self.max_mem_gb is not None and (self.mem_gb is None or self.max_mem_gb < self.mem_gb):
+            yield f"hydra.launcher.max_mem_gb={self.max_mem_gb} needs a mem_gb= that is no larger"
         if self.gpus_per_node is not None and self.gpus_per_node < 0:
             yield f"hydra.launcher.gpus_per_node={self.gpus_per_node} must be at least 0"
         if self.gres is not None and self.gpus_per_node:
@@ -89,8 +96,14 @@ class SlurmOptions:
         """How a job starts Python."""
         return f"{IGNORE_EARLY_SIGNALS} {self.python or sys.executable}"
 
-    def sbatch(self, name: str) -> dict[str, Any]:
-        """What submitit passes on to sbatch, by its names for that."""
+    @property
+    def most_memory(self) -> float | None:
+        """Up to which the memory of a job may grow, in GB; null where the cluster chooses it."""
+        return self.max_mem_gb or (None if self.mem_gb is None else GROWTH * self.mem_gb)
+
+    def sbatch(self, name: str, mem_gb: float | None = None) -> dict[str, Any]:
+        """What submitit passes on to sbatch, by its names for that; `mem_gb` in place of the usual memory."""
+        mem_gb = mem_gb or self.mem_gb
         optional = {
             "partition": self.partition,
             "qos": self.qos,
@@ -98,7 +111,7 @@ class SlurmOptions:
             "constraint": self.constraint,
             "gres": self.gres,
             "gpus_per_node": self.gpus_per_node or None,
-            "mem": None if self.mem_gb is None else f"{math.ceil(self.mem_gb * 1024)}M",
+            "mem": None if mem_gb is None else f"{math.ceil(mem_gb * 1024)}M",
             "array_parallelism": self.array_parallelism,
         }
         return {key: value for key, value in optional.items() if value is not None} | {
