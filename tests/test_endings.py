@@ -10,9 +10,21 @@ from make import make_cell
 from sweep.failures import Failure
 from sweep.launch.endings import Ending, divided, ending_of
 from sweep.launch.jobs import Job
-from sweep.launch.slurm import Followed, SlurmJobs, Submission, follow
+from sweep.launch.slurm import (
+    Followed,
+    SlurmJobs,
+    Submission,
+    follow,
+    may_grow,
+    memory_for,
+    memory_had,
+    ran_out,
+    tell_memory,
+)
+from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen
 from sweep.paths import LaunchFolder, ResultsFolder
+from sweep.status import Status, read_status
 
 CELLS = [make_cell(seed=seed) for seed in range(8)]
 DEATHS: list[Failure] = ["killed", "crashed", "hung"]
@@ -109,3 +121,32 @@ def test_jobs_for_baselines_beside_finished_cells_are_followed(
         "sweep.launch.slurm.ask", lambda names: [Seen("12", name, "RUNNING", "node1") for name in names]
     )
     assert [job.id for job in follow(results)] == ([] if for_rows else ["12"])
+
+
+@pytest.mark.parametrize(("most", "given"), [(None, 32), (24, 24)])
+def test_a_cell_whose_job_ran_out_of_memory_is_given_twice_as_much(most: float | None, given: float, tmp_path: Path):
+    results = ResultsFolder(tmp_path)
+    results.create()
+    first, second = (cell.cell_id for cell in CELLS[:2])
+    for cell_id in (first, second):
+        results.cell(cell_id).root.mkdir()
+        Status(state="running", attempts=1).write(results.cell(cell_id))
+    folder = LaunchFolder(results.slurm / "submission")
+    folder.root.mkdir(parents=True)
+    submission = Submission(folder, ((first,), (second,)), "12", mem_gb=16)
+    submission.write()
+    states = ("OUT_OF_MEMORY", "CANCELLED")
+    tell_memory([Followed(submission, i, Seen(f"12_{i}", "name", states[i])) for i in (0, 1)], results)
+    assert read_status(results.cell(first)).state == "out_of_memory"
+    assert read_status(results.cell(second)).state == "running"
+    options, had = SlurmOptions(mem_gb=16, max_mem_gb=most), memory_had(results)
+    assert memory_for((first, second), options, results, had) == given
+    assert memory_for((second,), options, results, had) == 16
+    assert memory_for((first,), SlurmOptions(), results, had) is None
+    assert may_grow([first, second], options, results) == [first]
+    assert may_grow([first], SlurmOptions(mem_gb=16, max_mem_gb=16), results) == []
+
+
+def test_more_memory_is_no_help_to_a_gpu() -> None:
+    assert not ran_out(Status(state="out_of_memory", error={"message": "CUDA out of memory. Tried to allocate"}))
+    assert ran_out(Status(state="out_of_memory", error={"message": "can't allocate memory"}))

@@ -234,55 +234,43 @@ def test_a_failing_cell_leaves_the_others_and_is_told(tmp_path: Path, cache: Cac
     assert "Traceback" not in done.stderr
 
 
-FATES = {
-    "error@12e-4@5": ("failed", "failed: broken on purpose"),
-    "memory@14e-4@9": ("out_of_memory", "out of memory: "),
-    "nan@15e-4@20": ("diverged", "diverged: the training loss"),
-    "crash@16e-4@30": ("crashed", "crashed: by signal 11 (SIGSEGV)"),
-    "exit@18e-4@45": ("crashed", "crashed: exited with code 3"),
-    "hang@19e-4@50": ("hung", "hung: no sign of life"),
-}
-"""Faults as tests/broken takes them: what becomes of the cell, and what a person reads."""
-
-
-@pytest.mark.parametrize(
-    ("n", "faults", "more"),
-    [
-        (10, list(FATES)[:4], ()),
-        pytest.param(100, list(FATES), ("hang_minutes=1",), marks=pytest.mark.slow),
-    ],
-)
-def test_one_gang_breaks_in_many_ways_and_the_others_end_in_the_same_bytes(
-    n: int, faults: list[str], more: tuple[str, ...], tmp_path: Path, cache: CacheFolder
+def test_one_gang_of_ten_breaks_in_three_ways_and_the_others_end_in_the_same_bytes(
+    tmp_path: Path, cache: CacheFolder
 ) -> None:
-    """Only the lack of memory and the hang are tried again, alone."""
-    rates = [f"{rate}e-4" for rate in range(10, 10 + n)]
+    """An error, a lack of memory and a crash; only the lack of memory is tried again, alone."""
+    rates = [f"{rate}e-4" for rate in range(10, 20)]
     grid = ("-m", "experiment=smoke", f"lr={','.join(rates)}", "steps=60", "hydra.launcher.slots=1")
     grid = (*grid, f"cache_dir={cache.root}", "keep_checkpoints=true", "checkpoint_steps=20")
     whole = run(*grid, f"results_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
-    done = run(*grid, *more, f"results_dir={tmp_path / 'out'}", environment=broken(",".join(faults)))
+    faults = "error@12e-4@5,memory@14e-4@9,crash@16e-4@30"
+    done = run(*grid, f"results_dir={tmp_path / 'out'}", environment=broken(faults))
     assert done.returncode == 1
     unbroken, results = ResultsFolder(tmp_path / "whole"), ResultsFolder(tmp_path / "out")
     cells = [cell_from_json(path.read_text()) for path in results.root.glob("cells/*/config.json")]
-    bad = {float(fault.split("@")[1]): FATES[fault][0] for fault in faults}
+    bad = {12e-4: "failed", 14e-4: "out_of_memory", 16e-4: "crashed"}
     for cell in cells:
         status = read_status(results.cell(cell.cell_id))
         assert status.state == bad.get(cell.schedule.lr, "done")
         if cell.schedule.lr in bad:
             assert not results.row("runs", cell.cell_id).exists()
+            assert status.attempts == (2 if status.state == "out_of_memory" else 1)
         else:
             same_bytes(unbroken, results, cell)
-        if status.state in ("failed", "out_of_memory"):
-            assert status.attempts == (2 if status.state == "out_of_memory" else 1)
-    command = [sys.executable, "-m", "sweep", "status", str(results.root)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for fault in faults:
-        assert FATES[fault][1] in done.stderr
-        assert FATES[fault][1] in told.stdout + told.stderr
+    for words in ("failed: broken on purpose", "out of memory: ", "crashed: by signal 11 (SIGSEGV)"):
+        assert words in done.stderr
+    assert "7 in job 2, 1 in job 3" in done.stderr or "1 in job 2, 7 in job 3" in done.stderr
+    told = subprocess.run(
+        [sys.executable, "-m", "sweep", "status", str(results.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "crashed: by signal 11 (SIGSEGV)" in told.stdout + told.stderr
     again = run(*grid, f"results_dir={results.root}", "retry=failed")
     assert again.returncode == 0, again.stderr
-    assert f"{len(faults)} retry" in again.stdout
+    assert "3 retry" in again.stdout
     for cell in cells:
         same_bytes(unbroken, results, cell)
 
