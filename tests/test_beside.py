@@ -17,6 +17,9 @@ from make import make_cell, make_options
 from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
 from sweep.launch.beside import not_scored, with_baselines, with_done_cells
+from sweep.launch.launch import launch
+from sweep.launch.machine import LocalOptions
+from sweep.launch.outcome import NOT_DONE
 from sweep.launch.plan import Plan, make_plan
 from sweep.options import Workflow, cell_from_options
 from sweep.paths import CacheFolder, ResultsFolder
@@ -202,6 +205,26 @@ def test_baselines_are_scored_again_for_cross_entropies_on_more_rows(
     assert [{row["n_causal_tokens"] for row in each.values()} for each in rows] == [{None}, {60}, {60}]
     assert all(row["fvu"] == rows[0][name]["fvu"] and row["kl"] > 0 for name, row in rows[1].items())
     assert set(rows[0]) == set(rows[1])
+
+
+def test_a_sweep_names_the_baselines_that_were_not_scored(
+    cache: CacheFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = random_arrays(D, 8, D)
+    write_first(tmp_path / "google", arrays, l0=4)
+    write_first(tmp_path / "google", arrays | {"W_enc": np.nan * arrays["W_enc"]}, l0=8)  # a header does not show it
+    asked = make_workflow(
+        tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"), checkpoint_steps=0
+    )
+    sweep = [([], make_options(steps=2) | vars(asked))]
+    for _ in range(2):
+        assert launch(sweep, LocalOptions(backend="inline")) == NOT_DONE
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert "baselines not scored: layer_1/width_16k/average_l0_8; the logs" in said
+    results = ResultsFolder(tmp_path / "r")
+    assert [*scores(results)] == ["layer_1/width_16k/average_l0_4"]
+    log = results.cell(cell_from_options(make_options(steps=2)).cell_id).log.read_text()
+    assert log.count("average_l0_8/params.npz has weights that are not finite") == 2
 
 
 def planned(workflow: Workflow, cell: Cell) -> Plan:
