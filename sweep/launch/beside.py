@@ -65,7 +65,7 @@ def with_done_cells(plan: Plan, results: ResultsFolder, elsewhere: Collection[st
     Raises:
         BaselineError: they changed since they were checked.
     """
-    if plan.workflow.retry == "failed":
+    if not asks_for_baselines(plan):
         return plan
     going = [planned.cell for planned in plan.cells if planned.runs or planned.cell.cell_id in elsewhere]
     served = {(cell.stream, cell.site.layer) for cell in going}
@@ -82,7 +82,7 @@ def with_done_cells(plan: Plan, results: ResultsFolder, elsewhere: Collection[st
 
 def not_scored(plan: Plan, results: ResultsFolder) -> list[str]:
     """The names of the baselines that a sweep asked for and that have no row although a cell beside them does."""
-    if plan.workflow.retry == "failed":
+    if not asks_for_baselines(plan):
         return []
     names: dict[str, None] = {}
     done = {(p.cell.stream, p.cell.site.layer): p.cell for p in plan.cells if has_row(results, p.cell.cell_id)}
@@ -94,6 +94,11 @@ def not_scored(plan: Plan, results: ResultsFolder) -> list[str]:
         else:
             names |= dict.fromkeys(each.entry.name for each in missing.values())
     return list(names)
+
+
+def asks_for_baselines(plan: Plan) -> bool:
+    """Whether finished cells matter: nothing is looked up in a sweep that asks for none."""
+    return plan.workflow.baselines != "none" and plan.workflow.retry != "failed"
 
 
 def baselines_of(workflow: Workflow, cells: Sequence[Cell]) -> list[Beside]:
