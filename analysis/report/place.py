@@ -128,7 +128,7 @@ def make_place(
             "effects": [_effect_point(i, effect) for i, effect in enumerate(changed)],
             "config": {"same": same, "cells": dict(zip((row["cell_id"] for row in ranked), differing, strict=True))},
             "commands": {
-                row["cell_id"]: [i for i, sweep in enumerate(sweeps) if row["cell_id"] in set(sweep.cell_ids)]
+                row["cell_id"]: [i for i, sweep in enumerate(sweeps) if row["cell_id"] in sweep.cell_ids]
                 for row in ranked
             },
         },

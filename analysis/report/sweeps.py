@@ -18,7 +18,7 @@ class Sweep:
     command: str
     started_at: str
     git_sha: str
-    cell_ids: tuple[str, ...]
+    cell_ids: frozenset[str]
 
 
 def sweeps_of(results: Path) -> list[Sweep]:
@@ -30,7 +30,7 @@ def sweeps_of(results: Path) -> list[Sweep]:
             if path.stat().st_size > MAX_BYTES:
                 continue
             value = json.loads(path.read_text(encoding="utf-8"))
-            cell_ids = tuple(str(cell_id) for cell_id in value["cell_ids"])
+            cell_ids = frozenset(str(cell_id) for cell_id in value["cell_ids"])
             command, started_at, git_sha = (str(value.get(name) or "") for name in ("command", "started_at", "git_sha"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
