@@ -141,7 +141,11 @@ def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
         "W_dec": (width, model.d_out),
         "b_dec": (model.d_out,),
     }
+    if cell.capacity.skip:
+        shapes["W_skip"] = (model.d_in, model.d_out)
     for params in (state.params, state.first_moments, state.second_moments):
+        if missing := shapes.keys() ^ dict(params.items()).keys():
+            raise CheckpointError(f"{path}: {', '.join(sorted(missing))} is missing, or not of this cell")
         for name, tensor in params.items():
             if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
                 raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]}")

@@ -3,7 +3,7 @@
 1. Names and headers of Google's files are checked against the language model before it is loaded.
 2. All transcoders are scored in one pass over the same held-out rows, each reading its own hook.
 3. Ours is placed against theirs at its own L0 (analysis/frontier.py); across L0s there is no winner.
-4. What the two were given is told: tokens, width, what they read, which weights.
+4. What the two were given is told: tokens, width, what they read, a linear map beside the latents, which weights.
 """
 
 from collections.abc import Mapping
@@ -126,6 +126,7 @@ def _our_budget(saved: Saved) -> dict[str, Any]:
         "training_tokens": saved.n_training_tokens,
         "width": cell.capacity.dict_size,
         "hook_in": cell.site.hook_in,
+        "linear_map": "yes" if cell.capacity.skip else "no",
         "weights": cell.model.model_repo or cell.model.model,
     }
 
@@ -139,6 +140,7 @@ def _their_budget(baseline: Baseline, cell: Cell) -> dict[str, Any]:
         "training_tokens": GOOGLE_TOKENS if first else None,
         "width": baseline.transcoder.W_enc.shape[1],
         "hook_in": baseline.site.hook_in,
+        "linear_map": "no" if baseline.transcoder.W_skip is None else "yes",
         "weights": baseline.trained_on + ("" if same else " (other weights)"),
     }
 
@@ -165,7 +167,7 @@ def text(compared: Compared) -> str:
     names = [*SHOWN, *(CAUSAL if compared.ours["n_causal_tokens"] else ())]
     lines = [("", *names), (OURS, *(shown(compared.ours[name]) for name in names))]
     lines += [(name, *(shown(metrics[name]) for name in names)) for name, metrics in compared.google.items()]
-    keys = ("training_tokens", "width", "hook_in", "weights")
+    keys = ("training_tokens", "width", "hook_in", "linear_map", "weights")
     budget: list[tuple[str, ...]] = [("budget", *keys)]
     for name, given in compared.budget.items():
         values = [f"{value:,}" if isinstance(value, int) else value or "not known" for value in map(given.get, keys)]

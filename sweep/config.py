@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -55,12 +55,12 @@ REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.A
 """What the hub takes as the name of a model or dataset: none that could be a path elsewhere."""
 
 
-def option(doc: str, *, unit: str = "", identity: bool = True) -> Any:
+def option(doc: str, *, unit: str = "", identity: bool = True, default: Any = MISSING) -> Any:
     """A dataclass field that is a command-line option, with a unit if it is a number.
 
     `identity=False` keeps it out of `cell_id`.
     """
-    return field(metadata={"doc": doc, "unit": unit, "identity": identity})
+    return field(default=default, metadata={"doc": doc, "unit": unit, "identity": identity})
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class Capacity:
     )
     groups: tuple[int, ...] = option(
         "nested (Matryoshka) prefixes as cumulative ends; the last is dict_size", unit="latents"
+    )
+    skip: bool = option(
+        "a linear map from source to target beside the latents, trained with them (Paulo et al. 2025)", default=False
     )
 
     @property
@@ -287,8 +290,8 @@ class Cell:
     @property
     def n_train_params(self) -> int:
         """Weights and biases of the transcoder."""
-        width = self.capacity.dict_size
-        return width * (self.model.d_in + self.model.d_out + 1) + self.model.d_out
+        width, d_in, d_out = self.capacity.dict_size, self.model.d_in, self.model.d_out
+        return width * (d_in + d_out + 1) + d_out + (d_in * d_out if self.capacity.skip else 0)
 
     def problems(self) -> Iterator[str]:
         for part in (self.capacity, self.schedule, self.revival, self.model, self.data):

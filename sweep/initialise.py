@@ -1,7 +1,8 @@
 """The state a cell starts from: scales and parameters read off the first window of its own site.
 
 Each latent starts as one pair of the data: it reads the direction of a source and writes the direction of the
-target that belongs to it. The encoder is then scaled so that the first reconstruction fits in least squares.
+target that belongs to it. The encoder is then scaled so that the first reconstruction fits in least squares. With
+`skip` the linear map starts from zero: fitted to the window it took from the latents what they then had to unlearn.
 """
 
 import math
@@ -60,6 +61,8 @@ def data_parameters(
     params = Parameters(
         W_enc=reads.T.contiguous(), b_enc=-(reads @ source_mean), W_dec=writes, b_dec=target_mean.clone()
     )
+    if capacity.skip:
+        params.W_skip = source.new_zeros(source.shape[1], target.shape[1])
     scale = least_squares_scale(params, source[:N_FIT_TOKENS], target[:N_FIT_TOKENS], capacity)
     params.W_enc *= scale
     params.b_enc *= scale

@@ -2,7 +2,7 @@
 
     pre_latents = source @ W_enc + b_enc          [n, dict_size]
     latents     = select(relu(pre_latents))       sparse, by the activation rule
-    target_hat  = latents @ W_dec + b_dec         [n, d_out]      (+ source @ W_skip, in some from elsewhere)
+    target_hat  = latents @ W_dec + b_dec         [n, d_out]      (+ source @ W_skip, with skip)
 
 `Parameters` are what training changes, in scaled units (source and target have unit mean square).
 `Transcoder` is what inference reads, in the language model's own units: the scales are folded in.
@@ -45,7 +45,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 @dataclass
 class Parameters:
-    """Four tensors of one dtype; also the shape of their gradients and of Adam's moments.
+    """Tensors of one dtype, W_skip only with `skip`; also the shape of their gradients and of Adam's moments.
 
     In training the weights of one latent lie next to each other in memory: W_enc is the transpose of a contiguous
     [dict_size, d_in], see `by_latent`.
@@ -55,9 +55,11 @@ class Parameters:
     b_enc: Float[Tensor, " dict_size"]
     W_dec: Float[Tensor, "dict_size d_out"]
     b_dec: Float[Tensor, " d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f.name, getattr(self, f.name)) for f in fields(self))
+        """The tensors there are, by name."""
+        return ((f.name, tensor) for f in fields(self) if (tensor := getattr(self, f.name)) is not None)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for _, tensor in self.items()]
@@ -160,6 +162,7 @@ def fold(
         activation="top_k" if threshold is None else "jump_relu",
         top_k=capacity.top_k,
         threshold=None if threshold is None else params.b_enc.new_full((n_latents,), threshold / target_scale),
+        W_skip=None if params.W_skip is None else params.W_skip * (source_scale / target_scale),
     )
 
 

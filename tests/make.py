@@ -38,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "activation": "batch_top_k",
     "groups": None,
     "group_fractions": [1 / 8, 1 / 4, 1 / 2, 3 / 4, 1],
+    "skip": False,
     # schedule
     "lr": 3e-3,
     "steps": 30,

@@ -48,6 +48,21 @@ def test_save_and_load_give_the_same_state(folder: CellFolder) -> None:
     assert equal(loaded, make_state(20))
 
 
+def test_a_cell_with_a_linear_map_takes_no_checkpoint_without_one(folder: CellFolder, tmp_path: Path) -> None:
+    with_skip = make_cell(skip=True)
+    state = make_state(20)
+    state.params.W_skip = torch.ones(32, 32)
+    state = TrainState.initial(state.params, 1.0, 1.0)
+    other = CellFolder(tmp_path / "other")
+    save(state, other, with_skip, INPUTS)
+    loaded = load_latest(other, with_skip, INPUTS, "cpu")
+    assert loaded is not None
+    assert equal(loaded, state)
+    save(make_state(20), other, with_skip, INPUTS)
+    with pytest.raises(CheckpointError, match="W_skip is missing"):
+        load_latest(other, with_skip, INPUTS, "cpu")
+
+
 def test_everything_a_state_holds_is_saved() -> None:
     state = make_state(3)
     held = {**state.tensors(), **state.scalars()}

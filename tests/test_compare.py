@@ -64,9 +64,11 @@ def test_both_sides_have_the_numbers_of_the_sweep(
     assert found["fvu_at_equal_l0"]["high"] < 1
     assert "verdict: better at equal L0" in done.stdout
     assert found["summary"] in done.stdout
-    assert found["budget"]["ours"] == {"training_tokens": 1920, "width": 64, "hook_in": "norm_out", "weights": "tiny"}
+    assert found["budget"]["ours"] == {
+        "training_tokens": 1920, "width": 64, "hook_in": "norm_out", "linear_map": "no", "weights": "tiny",
+    }  # fmt: skip
     assert found["budget"]["layer_1/width_16k/average_l0_2"] == {
-        "training_tokens": "4 billion", "width": 16, "hook_in": "norm_unit",
+        "training_tokens": "4 billion", "width": 16, "hook_in": "norm_unit", "linear_map": "no",
         "weights": "google/gemma-2-2b (other weights)",
     }  # fmt: skip
 

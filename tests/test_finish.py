@@ -62,6 +62,22 @@ def test_finish_fits_batch_top_k_and_leaves_top_k_alone() -> None:
         assert float((latents > 0).sum(dim=1).float().mean()) == 4.0
 
 
+def test_what_is_saved_predicts_as_training_does_in_raw_units() -> None:
+    source, target = make_data()
+    cell = make_cell(skip=True)
+    state = initial_state(source, target, cell.capacity, seed=0)
+    assert state.params.W_skip is not None and state.params.W_skip.eq(0).all()
+    p = state.params.map(lambda tensor: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    state.params = p
+    transcoder = finish(state, cell, [Activations(source, target)], 400)
+    scaled = source * state.source_scale
+    pre = scaled @ p.W_enc + p.b_enc
+    kept = torch.where(pre > pre.flatten().topk(1601).values[-1], pre, 0)
+    wanted = (kept @ p.W_dec + p.b_dec + scaled @ p.W_skip) / state.target_scale
+    found = transcoder.decode(transcoder.encode(source), source)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_finish_changes_nothing_in_the_state() -> None:
     source, target = make_data()
     cell = make_cell()

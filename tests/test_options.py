@@ -66,7 +66,7 @@ SCIENCE: dict[str, Any] = {
     "warmup_steps": 1, "decay": "cosine", "min_lr": 1e-6, "betas": [0.8, 0.99], "aux_penalty": 0.5, "top_k_aux": 8,
     "n_batches_to_dead": 7, "model_revision": "2", "layer": 2, "hook_in": "resid_mid", "hook_out": "resid_mid",
     "seq_len": 64, "n_tokens": 4096, "n_calibration_tokens": 256, "n_heldout_tokens": 256, "data_seed": 1, "seed": 1,
-    "activation_dtype": "bfloat16", "model_dtype": "bfloat16", "step_dtype": "bfloat16",
+    "activation_dtype": "bfloat16", "model_dtype": "bfloat16", "step_dtype": "bfloat16", "skip": True,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ SCHEDULE = Schedule(3e-3, 100, BATCH, 0, "constant", 3e-3, (0.9, 0.999), "float3
 NONE = torch.zeros(0, dtype=torch.int64)
 
 each_rule = pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
+each_skip = pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 each_nesting = pytest.mark.parametrize("groups", [(WIDTH,), GROUPS], ids=["plain", "nested"])
 
 
@@ -40,7 +41,9 @@ def capacity(activation: str = "batch_top_k", groups: tuple[int, ...] = GROUPS, 
     return Capacity(WIDTH, top_k, activation, groups)  # type: ignore[arg-type]
 
 
-def make_params(seed: int = 0, whole_numbers: bool = False, dtype: torch.dtype = torch.float64) -> Parameters:
+def make_params(
+    seed: int = 0, whole_numbers: bool = False, dtype: torch.dtype = torch.float64, skip: bool = False
+) -> Parameters:
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(WIDTH, D_OUT, generator=g, dtype=dtype)
     params = Parameters(
@@ -52,6 +55,8 @@ def make_params(seed: int = 0, whole_numbers: bool = False, dtype: torch.dtype =
     if whole_numbers:
         params.W_enc.round_()
         params.b_enc.zero_()
+    if skip:
+        params.W_skip = torch.randn(D_IN, D_OUT, generator=g, dtype=dtype) / 4
     return params
 
 
@@ -76,8 +81,11 @@ def assert_same(found: Parameters, wanted: Parameters) -> None:
 @each_nesting
 @pytest.mark.parametrize("n_dead", [0, 3, 30, 60], ids=["no aux", "few dead", "multiplied out", "more dead"])
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
-def test_gradients_equal_those_of_autograd(activation: str, groups: tuple[int, ...], n_dead: int, ties: bool) -> None:
-    params, batch = make_params(whole_numbers=ties), make_batch(whole_numbers=ties)
+@each_skip
+def test_gradients_equal_those_of_autograd(
+    activation: str, groups: tuple[int, ...], n_dead: int, ties: bool, skip: bool
+) -> None:
+    params, batch = make_params(whole_numbers=ties, skip=skip), make_batch(whole_numbers=ties)
     dead = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values
     revival = Revival(0.25 if n_dead else 0.0, 8, 5)
     wanted_loss, wanted = reference.gradients(params, *batch, capacity(activation, groups), revival, dead)
@@ -94,10 +102,11 @@ def test_gradients_equal_those_of_autograd(activation: str, groups: tuple[int, .
 @each_rule
 @each_nesting
 @pytest.mark.parametrize(("aux_penalty", "silent"), [(0.0, 40), (0.5, 20), (0.5, 60)])
+@each_skip
 def test_consecutive_steps_equal_those_of_the_reference(
-    activation: str, groups: tuple[int, ...], aux_penalty: float, silent: int
+    activation: str, groups: tuple[int, ...], aux_penalty: float, silent: int, skip: bool
 ) -> None:
-    params = make_params()
+    params = make_params(skip=skip)
     params.b_enc[20 : 20 + silent] = -100.0  # never fire: dead from the third step on
     revival, cap = Revival(aux_penalty, 8, 2), capacity(activation, groups)
     ours, theirs = (TrainState.initial(params.map(torch.clone), 0.5, 2.0) for _ in range(2))

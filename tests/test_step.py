@@ -47,9 +47,10 @@ def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dea
     else:
         keep = z >= z.sort(dim=1, descending=True).values[:, c.top_k - 1 : c.top_k]
     z = z * keep
-    total = sum((((z[:, :n] @ p.W_dec[:n] + p.b_dec) - y) ** 2).mean() for n in c.groups) / len(c.groups)
+    linear = p.b_dec if p.W_skip is None else x @ p.W_skip + p.b_dec
+    total = sum((((z[:, :n] @ p.W_dec[:n] + linear) - y) ** 2).mean() for n in c.groups) / len(c.groups)
     if dead:
-        e = (y - (z @ p.W_dec + p.b_dec)).detach()
+        e = (y - (z @ p.W_dec + linear)).detach()
         k = min(r.top_k_aux, len(dead))
         order = [sorted(dead, key=lambda j, i=i: -float(pre.detach()[i, j]))[:k] for i in range(len(x))]
         guess = torch.stack([sum(pre[i, j] * p.W_dec[j] for j in order[i]) for i in range(len(x))])
@@ -60,8 +61,11 @@ def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dea
 @pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
 @pytest.mark.parametrize("groups", [(40,), (5, 10, 20, 30, 40)])
 @pytest.mark.parametrize("dead", [[], [3, 17, 39], list(range(10, 22))])
-def test_gradients_match_a_naive_model(activation: str, groups: tuple[int, ...], dead: list[int]) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_gradients_match_a_naive_model(activation: str, groups: tuple[int, ...], dead: list[int], skip: bool) -> None:
     params, (x, y) = make_params(), make_batch()
+    if skip:
+        params.W_skip = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     cap, revival = capacity(activation, groups), Revival(0.25, 6, 5)
     loss, grads = gradients(params, x, y, cap, revival, torch.tensor(dead, dtype=torch.int64))
     leaves = params.map(lambda t: t.clone().requires_grad_())

@@ -1,7 +1,8 @@
 """What is minimised, as a differentiable function of the parameters.
 
 1. Encode the whole width, select the active latents.
-2. Decode every nested prefix; each one reconstructs the target and is in the loss (Bussmann et al. 2025).
+2. Decode every nested prefix; each one reconstructs the target and is in the loss (Bussmann et al. 2025). With
+   `skip`, the linear map is part of each.
 3. The residual of the full reconstruction, detached, is reconstructed by the latents that are dead, from their
    *raw* pre-latents (Gao et al. 2024, section A.2, without the relu, so that a silent latent gets a gradient).
 
@@ -48,6 +49,8 @@ def transcoder_loss(
     pre = pre_latents(params, source)
     latents = select(pre, capacity)
     reconstruction = params.b_dec.expand_as(target)
+    if params.W_skip is not None:
+        reconstruction = reconstruction + source @ params.W_skip
     prefixes = []
     widths = [end - start for start, end in capacity.spans]
     for part, rows in zip(latents.split(widths, dim=1), params.W_dec.split(widths), strict=True):

@@ -24,7 +24,7 @@ from sweep.config import Capacity, Revival
 from sweep.state import TrainState
 from sweep.step.active import Active, encode
 from sweep.step.loss import Loss
-from sweep.step.update import update_b_dec_, update_latents_
+from sweep.step.update import update_latents_, update_shared_
 from sweep.transcoder import Parameters
 
 __all__ = ["Gradients", "gradients", "learn_"]
@@ -73,6 +73,7 @@ class Gradients:
     starts: Int64[Tensor, " dict_size_and_1"]
     b_enc: Float[Tensor, " dict_size"]
     b_dec: Float[Tensor, " d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None
     dead: Share | None
 
     def latents(self, latents: slice) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
@@ -90,7 +91,7 @@ class Gradients:
     def parameters(self) -> Parameters:
         """All at once, which is as much memory as the weights take."""
         encoder, decoder = self.latents(slice(0, len(self.b_enc)))
-        return Parameters(W_enc=encoder.T, b_enc=self.b_enc, W_dec=decoder, b_dec=self.b_dec)
+        return Parameters(encoder.T, self.b_enc, decoder, self.b_dec, self.W_skip)
 
 
 def learn_(
@@ -110,7 +111,7 @@ def learn_(
         latents = slice(start, min(start + n_latents, capacity.dict_size))
         encoder, decoder = grads.latents(latents)
         update_latents_(state, latents, encoder, grads.b_enc[latents], decoder, lr, betas)
-    update_b_dec_(state, grads.b_dec, lr, betas)
+    update_shared_(state, grads.b_dec, grads.W_skip, lr, betas)
     return loss
 
 
@@ -146,6 +147,8 @@ def gradients(
     rows = weighted_sums(params.W_dec, active.latent, starts[:-1], active.value)
     errors = rows[: batch * n_groups].view(batch, n_groups, -1)
     errors[:, 0] += params.b_dec
+    if params.W_skip is not None:
+        errors[:, 0] += source @ params.W_skip
     torch.cumsum(errors, dim=1, out=errors)
     errors -= target.unsqueeze(1)
     prefixes = mean_squares(errors)
@@ -182,6 +185,7 @@ def gradients(
         starts=counted(active.latent, capacity.dict_size),
         b_enc=b_enc.index_add_(0, active.latent, d_value),
         b_dec=errors[:, 0].sum(dim=0),
+        W_skip=None if params.W_skip is None else source.T @ errors[:, 0],
         dead=share,
     )
     return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest

@@ -9,7 +9,11 @@ from torch import Tensor
 from sweep.state import TrainState
 from sweep.transcoder import Parameters
 
-__all__ = ["normalise_rows_", "update_", "update_b_dec_", "update_latents_"]
+__all__ = ["normalise_rows_", "update_", "update_latents_", "update_shared_"]
+
+SKIP_RATE = 0.2
+"""Learning rate of the linear map beside the latents, as a share of theirs. Adam moves all its weights at once, and
+what they write adds up over the width of the source: at the full rate small dimensions of the target are drowned."""
 
 
 def update_(state: TrainState, gradients: Parameters, lr: float, betas: tuple[float, ...]) -> None:
@@ -17,7 +21,7 @@ def update_(state: TrainState, gradients: Parameters, lr: float, betas: tuple[fl
     everything = slice(0, len(gradients.b_enc))
     encoder = gradients.W_enc.T.contiguous()
     update_latents_(state, everything, encoder, gradients.b_enc, gradients.W_dec, lr, betas)
-    update_b_dec_(state, gradients.b_dec, lr, betas)
+    update_shared_(state, gradients.b_dec, gradients.W_skip, lr, betas)
 
 
 def update_latents_(
@@ -44,9 +48,17 @@ def update_latents_(
     normalise_rows_(rows)
 
 
-def update_b_dec_(state: TrainState, gradient: Float[Tensor, " d_out"], lr: float, betas: tuple[float, ...]) -> None:
-    """The Adam step of the decoder's bias."""
-    adam_(state, lambda params: [params.b_dec], [gradient], lr, betas)
+def update_shared_(
+    state: TrainState,
+    b_dec: Float[Tensor, " d_out"],
+    W_skip: Float[Tensor, "d_in d_out"] | None,
+    lr: float,
+    betas: tuple[float, ...],
+) -> None:
+    """The Adam step of what belongs to no latent, from the gradients of the decoder's bias and of the linear map."""
+    adam_(state, lambda params: [params.b_dec], [b_dec], lr, betas)
+    if W_skip is not None:
+        adam_(state, lambda params: [params.W_skip], [W_skip.contiguous()], lr * SKIP_RATE, betas)  # type: ignore[list-item]
 
 
 def adam_(
