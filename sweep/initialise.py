@@ -2,7 +2,7 @@
 
 Each latent starts as one pair of the data: it reads the direction of a source and writes the direction of the
 target that belongs to it. The encoder is then scaled so that the first reconstruction fits in least squares. With
-`skip` the linear map starts from zero: fitted to the window it took from the latents what they then had to unlearn.
+`skip` the linear map starts from zero: trained on from least squares it ended worse (docs/log.md).
 """
 
 import math

@@ -99,7 +99,9 @@ def test_a_torch_file_of_another_program_is_compared_too(cache: CacheFolder, goo
                "--device", "cpu", "--output_dir", tmp_path / "out", *OVERRIDES, "model=tiny", "top_k=4")  # fmt: skip
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert found["budget"]["ours"] == {"training_tokens": None, "width": 64, "hook_in": "norm_out", "weights": "tiny"}
+    assert found["budget"]["ours"] == {
+        "training_tokens": None, "width": 64, "hook_in": "norm_out", "linear_map": "no", "weights": "tiny",
+    }  # fmt: skip
     assert found["name"] == "old"
 
 
