@@ -43,10 +43,11 @@ def save(state: TrainState, folder: CellFolder, cell: Cell, belongs_to: Mapping[
     path = folder.checkpoint(state.step)
     with atomic_directory(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, partial / FILES[0])
-        write_json(partial / FILES[1], {**identity(cell, belongs_to), "scalars": state.scalars()})
+        about = {**identity(cell, belongs_to), "scalars": state.scalars()}
+        write_json(partial / FILES[1], about, durable=False)  # before the folder gets its name all of it is synced
         sizes = {name: (partial / name).stat().st_size for name in FILES}
         hashes = {name: sha256_of_file(partial / name) for name in FILES}
-        write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes})
+        write_json(partial / "manifest.json", {"sizes": sizes, "sha256": hashes}, durable=False)
     steps = folder.checkpoint_steps()
     resort = max((step for step in steps if step <= stage_before(state.step, cell.schedule)), default=None)
     for step in steps[:-KEPT]:

@@ -41,13 +41,18 @@ PLACES: dict[str, tuple[str, ...]] = {
 @dataclass
 class Ended:
     """How a run ended: its exit code, negative for a signal, where it was, what it printed, and after how many of its
-    seconds it took a step."""
+    seconds it took a step.
+
+    The same in seconds of the processor, which a busy machine changes little; 0 where a signal ended it.
+    """
 
     code: int
     place: str
     seconds: float
     printed: str = field(repr=False)
     start_up: float
+    processor: float
+    processor_start_up: float
 
 
 class Sweeper:
@@ -74,7 +79,8 @@ class Sweeper:
         called first, in its process."""
         place: Synchronized[int] = self._context.Value("b", -1)
         ready = self._context.Event()
-        process = self._context.Process(target=child, args=(work, printed, before, place, ready))
+        processor = self._context.Array("d", 2)
+        process = self._context.Process(target=child, args=(work, printed, before, place, ready, processor))
         process.start()
         ready.wait(timeout)
         start = time.monotonic()
@@ -90,19 +96,37 @@ class Sweeper:
         assert process.exitcode is not None
         names = [*PLACES, "between"]
         text = printed.read_text() if printed.exists() else ""
-        return Ended(process.exitcode, names[place.value], seconds, text, first_step or seconds)
+        return Ended(
+            process.exitcode,
+            names[place.value],
+            seconds,
+            text,
+            first_step or seconds,
+            processor[0],
+            processor[1] or processor[0],
+        )
 
 
-def child(work: Callable[[], None], printed: Path, before: Callable[[], None] | None, place: Any, ready: Any) -> None:
-    """What the forked process does."""
+def child(
+    work: Callable[[], None],
+    printed: Path,
+    before: Callable[[], None] | None,
+    place: Any,
+    ready: Any,
+    processor: Any,
+) -> None:
+    """What the forked process does. In `processor` it leaves its seconds at the end, and those at its first step."""
     with printed.open("a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    mark_places(place)
+    mark_places(place, processor)
     if before is not None:
         before()
     ready.set()
-    work()
+    try:
+        work()
+    finally:
+        processor[0] = time.process_time()
 
 
 def sweep_command(arguments: Sequence[str]) -> None:
@@ -113,13 +137,13 @@ def sweep_command(arguments: Sequence[str]) -> None:
     runpy.run_path(program, run_name="__main__")
 
 
-def mark_places(place: Any) -> None:
+def mark_places(place: Any, processor: Any) -> None:
     """Let the shared value say at any moment which of PLACES this process is in."""
     for number, names in enumerate(PLACES.values()):
         for name in names:
             module, _, attribute = name.rpartition(".")
             owner = resolve(module)
-            setattr(owner, attribute, marked(getattr(owner, attribute), number, place))
+            setattr(owner, attribute, marked(getattr(owner, attribute), number, place, processor))
 
 
 def resolve(name: str) -> Any:
@@ -130,9 +154,11 @@ def resolve(name: str) -> Any:
     return found
 
 
-def marked(function: Callable[..., Any], number: int, place: Any) -> Callable[..., Any]:
+def marked(function: Callable[..., Any], number: int, place: Any, processor: Any) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         before, place.value = place.value, number
+        if list(PLACES)[number] == "step" and not processor[1]:
+            processor[1] = time.process_time()
         try:
             return function(*arguments, **options)
         finally:
