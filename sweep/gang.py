@@ -23,6 +23,7 @@ from sweep.paths import CellFolder, ResultsFolder, try_lock
 from sweep.progress import Snapshot
 from sweep.results import has_row, read_row
 from sweep.saved import read_cell
+from sweep.secrets import without_secrets
 from sweep.status import Status, read_status
 from sweep.train import Run
 from sweep.transcoder import Transcoder
@@ -158,7 +159,11 @@ class Gang:
 def described(error: Exception) -> dict[str, str]:
     """An error as a status holds it."""
     trace = "".join(traceback.format_exception(error))
-    return {"class": type(error).__name__, "message": str(error), "traceback": trace}
+    return {
+        "class": type(error).__name__,
+        "message": without_secrets(str(error)),
+        "traceback": without_secrets(trace),
+    }
 
 
 def join(
@@ -242,7 +247,7 @@ class Notes(logging.Handler):
         self.member = member
 
     def emit(self, record: logging.LogRecord) -> None:
-        status, note = self.member.status, record.getMessage()[:MAX_NOTE_CHARACTERS]
+        status, note = self.member.status, without_secrets(record.getMessage())[:MAX_NOTE_CHARACTERS]
         if note not in status.notes and len(status.notes) < MAX_NOTES:
             self.member.status = replace(status, notes=(*status.notes, note))
 
@@ -259,12 +264,19 @@ def noting(member: Member) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+class Discreet(logging.Formatter):
+    """Leaves secrets out, of tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 @contextlib.contextmanager
 def logging_to(path: Path, cell_id: str) -> Iterator[None]:
     """Append what the package logs to a file, but for what speaks of another cell."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.addFilter(lambda record: getattr(record, "cell_id", cell_id) == cell_id)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("sweep")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -322,7 +323,7 @@ def load_language_model(
             bridge = TransformerBridge.boot_transformers(
                 str(folder.absolute()), device=device, dtype=getattr(torch, model.model_dtype), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"model={model.model}: {folder} cannot be loaded on {device} ({first_line(error)})") from error
     if bridge.cfg.n_layers != model.n_layers:
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")

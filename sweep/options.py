@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
+from itertools import chain
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, is_of, not_text, option
@@ -133,6 +134,8 @@ def cell_from_options(options: Mapping[str, Any]) -> Cell:
         raise ConfigError(*problems)
     relative = Relative(**{f.name: frozen(options[f.name]) for f in fields(Relative)})
     if problems := tuple(relative.problems()):
+        raise ConfigError(*problems)
+    if problems := tuple(chain(*(not_text(key, options[key] or "") for key in ("model_path", "dataset_path")))):
         raise ConfigError(*problems)
     values = dict(options) | model_facts(options) | data_facts(options)
     values["hook_in"] = canonical_hook(values["hook_in"], values["layer"])

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -218,6 +218,21 @@ class ResultsFolder:
         if not ours:
             raise ResultsError(f"results_dir={self.root} holds files that are not results of a sweep; {fix}")
 
+    def check_links(self, cell_ids: Iterable[str]) -> None:
+        """Raise a ResultsError for a link that leads out of the folder where cells are written, as a folder from
+        elsewhere may hold. A `cache` may lie elsewhere: it is shared between folders."""
+        root = os.path.realpath(self.root)
+        ours = (self.about, self.lock, self.sweeps, self.slurm, *map(self.table, (*TABLES, "cells")))
+        cells = [self.cell(cell_id) for cell_id in cell_ids]  # their other files are replaced as a whole, links and all
+        theirs = (
+            path for cell in cells for path in (cell.root, cell.log, cell.lock, cell.checkpoints, cell.transcoder)
+        )
+        for path in (*ours, *theirs):
+            if path.is_symlink() and not os.path.realpath(path).startswith(f"{root}/"):
+                raise ResultsError(
+                    f"{path} is a link out of the results folder, and nothing is written there; remove it"
+                )
+
     def create(self) -> None:
         """Make the folder if it is not there yet; the mark comes first, so that a kill leaves nothing foreign."""
         self.check()
@@ -368,7 +383,7 @@ def is_held(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -143,12 +143,14 @@ def check_output(folder: Path) -> None:
     """Refuse a folder that cannot be written to or belongs to a cell, before the work. Makes nothing.
 
     Raises:
-        ConfigError: it is a file, read-only, or would lose a cell's own metrics.
+        ConfigError: it is a file, read-only, no name a file system takes, or would lose a cell's own metrics.
     """
-    if (folder / "status.json").exists() or (folder / "transcoder.safetensors").exists():
-        raise ConfigError(f"--output_dir {folder} belongs to a cell, whose own metrics.json would go; choose another")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
+        if any((folder / name).exists() for name in ("status.json", "transcoder.safetensors")):
+            raise ConfigError(
+                f"--output_dir {folder} belongs to a cell, whose own metrics.json would go; choose another"
+            )
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         check_writable(there)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder} cannot be written to ({error}); choose another") from error

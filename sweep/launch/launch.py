@@ -37,6 +37,7 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
         slots = room_for(workflow, options)
         results = ResultsFolder(Path(workflow.results_dir))
         results.check()
+        results.check_links(cell.cell_id for _, cell in cells)
         venue = Venue(results, slots, options)
         elsewhere = venue.in_other_hands()
         plan = with_done_cells(make_plan(workflow, cells, results, elsewhere), results, elsewhere)

@@ -39,6 +39,7 @@ from sweep.launch.watch import Jobs, Together, follow_to_the_end, watching
 from sweep.leftovers import reopen, settle
 from sweep.paths import LaunchFolder, ResultsFolder, locked, remove_leftovers, try_lock, write_atomic, write_json
 from sweep.provenance import git_state
+from sweep.secrets import without_secrets
 from sweep.status import read_status
 
 __all__ = ["Venue", "freeze", "run_rounds"]
@@ -326,7 +327,7 @@ def record(plan: Plan, results: ResultsFolder) -> str:
         results.sweep(sweep_id),
         {
             "sweep_id": sweep_id,
-            "command": command(),
+            "command": without_secrets(command()),
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "cell_ids": cell_ids,
             "git_sha": git_sha,

@@ -42,7 +42,20 @@ def error() -> None:
     raise ValueError("broken on purpose")
 
 
-FAULTS = {"crash": crash, "exit": leave, "hang": hang, "kill": kill, "memory": memory, "disk": disk, "error": error}
+def token() -> None:
+    raise ValueError(f"refused: {os.environ['HF_TOKEN']}")
+
+
+FAULTS = {
+    "crash": crash,
+    "exit": leave,
+    "hang": hang,
+    "kill": kill,
+    "memory": memory,
+    "disk": disk,
+    "error": error,
+    "token": token,
+}
 
 
 def due(once: list) -> bool:
