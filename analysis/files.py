@@ -121,11 +121,18 @@ def _read_together(files: Mapping[str, bytes], table: str) -> tuple[pl.DataFrame
     except (*UNREADABLE, _UnusableError):
         return None
     owners = frame["cell_id"].rle().struct.field("value").to_list()
-    with_rows = set(owners)  # a cell that diverged has a row in runs and none in most other tables
-    expected = [stem for stem in (Path(name).stem for name in files) if stem in with_rows]
-    if owners != expected or (table == "runs" and frame.height != len(files)):
+    with_rows = set(owners)
+    without_rows = {name for name in files if Path(name).stem not in with_rows}  # as most tables of a diverged cell
+    if owners != [Path(name).stem for name in files if name not in without_rows]:
+        return None
+    if any(_n_rows(files[name]) for name in without_rows) or (table == "runs" and frame.height != len(files)):
         return None
     return frame, _unknown(schema, table)
+
+
+def _n_rows(content: bytes) -> int:
+    """What the footer of a sealed file says."""
+    return int(pq.ParquetFile(pa.BufferReader(content)).metadata.num_rows)
 
 
 def _read_alone(content: bytes) -> pl.DataFrame:

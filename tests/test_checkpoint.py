@@ -153,7 +153,7 @@ def test_a_half_written_folder_does_not_count(folder: CellFolder) -> None:
 
 
 def test_nothing_is_left_of_a_save_that_failed(folder: CellFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> None:
+    def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sweep.checkpoint.write_json", full_disk)
