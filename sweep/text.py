@@ -182,7 +182,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
                     yield text_in({column: value.as_py()}, column, f"dataset_path={path}, row {row}")
     except UnicodeDecodeError as error:
         raise DataError(f"dataset_path={path}, row {row}: not UTF-8 ({error.reason})") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # damaged headers are either
         raise DataError(f"dataset_path={path}: not a readable Parquet file ({error})") from error
 
 
