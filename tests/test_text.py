@@ -244,9 +244,8 @@ def test_a_dataset_is_streamed_by_the_real_library(kind: str, tmp_path: Path, mo
     (tmp_path / "corpus").mkdir()
     (rows.write_ndjson if kind == "jsonl" else rows.write_parquet)(tmp_path / "corpus" / f"train.{kind}")
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
-    data = make_cell(
-        dataset=str(tmp_path / "corpus"), dataset_format="hub", dataset_revision="0" * 40, text_column="body"
-    ).data
+    monkeypatch.chdir(tmp_path)
+    data = make_cell(dataset="corpus", dataset_format="hub", dataset_revision="0" * 40, text_column="body").data
     assert list(documents(data)) == rows["body"].to_list()
 
 
