@@ -5,11 +5,13 @@ relative (`warmup_fraction` of the steps, `group_fractions` of the width), looks
 once.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from itertools import chain
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sweep.config import HOOKS, SLICES, Cell, at_least, frozen, is_of, not_text, option
@@ -22,6 +24,8 @@ __all__ = [
     "Workflow",
     "cell_from_options",
     "device_problems",
+    "must_be",
+    "not_an_option",
     "option_fields",
     "options_schema",
     "workflow_from_options",
@@ -192,9 +196,33 @@ def not_of_their_type(options: Mapping[str, Any], kinds: Collection[type]) -> It
         if get_origin(hint) is Literal and not is_of(value, hint):
             yield f"{name}={value} is not a choice; choose one of {', '.join(get_args(hint))}"
         elif not is_of(frozen(value), hint):
-            yield f"{name}={value} has another type than its option; see --help"
+            yield must_be(name, value, hint)
         elif isinstance(value, int) and abs(value) >= 2**63:
             yield f"{name}={value} is too large; the largest number is {2**63 - 1}"
+
+
+def must_be(name: str, value: Any, hint: Any) -> str:
+    """What to say about a value that does not have the type of its option."""
+    return f"{name}={'null' if value is None else value} must be {_in_words(hint)}"
+
+
+def _in_words(hint: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    lists = {int: "whole numbers, such as [1,2]", float: "numbers, such as [0.1,0.2]", str: "texts, such as [a,b]"}
+    if isinstance(hint, UnionType):
+        return " or ".join("null" if each is NoneType else _in_words(each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) in (list, tuple):
+        return f"a list of {lists[get_args(hint)[0]]}"
+    return kinds.get(hint, "as --help tells")
+
+
+def not_an_option(name: str, value: Any, known: Collection[str]) -> str:
+    """What to say about a name that there is not; the nearest one is told."""
+    spelled = (name, name.replace(".", "_"))
+    near = [close for each in spelled for close in difflib.get_close_matches(each, known, n=1, cutoff=0.75)]
+    return f"{name}={value} is not an option; {f'did you mean {near[0]}? See' if near else 'see'} --help"
 
 
 def canonical_hook(hook: str, layer: int) -> str:

@@ -67,7 +67,7 @@ LAYERS: list[set[str]] = [
         "sweep.launch.squeue",
     },
     {"sweep.launch.slurm_options", "sweep.launch.jobs", "sweep.launch.payload", "sweep.launch.beside"},
-    {"sweep.launch.endings"},
+    {"sweep.launch.endings", "sweep.launch.refused"},
     {
         "sweep.launch.register",
         "sweep.launch.console",

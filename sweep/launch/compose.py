@@ -16,6 +16,7 @@ from sweep.config import Cell
 from sweep.errors import ConfigError
 from sweep.launch.help import CONF
 from sweep.launch.plan import Composed, resolve
+from sweep.launch.refused import in_our_words
 from sweep.launch.register import register
 from sweep.options import Workflow
 
@@ -36,7 +37,7 @@ def compose(overrides: Sequence[str]) -> list[Composed]:
     """Compose every cell with the configs and plugins of `sweep_runner.py`.
 
     Raises:
-        ConfigError: in Hydra's words.
+        ConfigError: they cannot be composed.
     """
     register()
     try:
@@ -54,8 +55,7 @@ def compose(overrides: Sequence[str]) -> list[Composed]:
             )
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error if error.__cause__ is None else error.__cause__
-        raise ConfigError(" ".join(f"{error} {cause if cause is not error else ''}".split())) from error
+        raise ConfigError(in_our_words(error)) from error
 
 
 def never_called(_: Any) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
 from sweep.failures import words
-from sweep.options import Workflow, cell_from_options, option_fields, workflow_from_options
+from sweep.options import Workflow, cell_from_options, not_an_option, option_fields, workflow_from_options
 from sweep.paths import ResultsFolder, is_held
 from sweep.results import has_row, read_row
 from sweep.status import FAILED, Status, read_status
@@ -82,7 +82,7 @@ def resolve(jobs: Sequence[Composed]) -> tuple[Workflow, list[tuple[tuple[str, .
             if isinstance(options, str):
                 raise ConfigError(options)
             if unknown := [key for key in options if key not in OPTION_NAMES]:
-                raise ConfigError(*(f"{key}={options[key]} is not an option; see --help" for key in unknown))
+                raise ConfigError(*(not_an_option(key, options[key], OPTION_NAMES) for key in unknown))
             cells.append((tuple(overrides), cell_from_options(options)))
         except ConfigError as error:
             problems += [(problem, " ".join(overrides)) for problem in error.problems]

@@ -1,14 +1,18 @@
 """Makes Hydra know our options, our launcher and our help, before `@hydra.main` runs."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sweep.launch.help import help_text
 from sweep.launch.machine import LocalOptions
+from sweep.launch.refused import in_our_words
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.options import options_schema
 
@@ -20,9 +24,19 @@ class SweepExit(SystemExit):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call Hydra's main, so that the exit code of a refused command is 2 and Ctrl-C leaves no traceback."""
+    """Call Hydra's main, so that a refused command ends with our words and exit code 2, and Ctrl-C without a traceback.
+
+    Hydra prints its errors itself, unless told to raise them. Whoever set HYDRA_FULL_ERROR=1 gets the traceback.
+    """
+    whole = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if whole:
+            raise
+        sys.stderr.write(in_our_words(error) + "\n")
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except SweepExit:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweep.launch.machine import LocalOptions
+from sweep.launch.refused import in_our_words
 from sweep.launch.register import SweepExit
 from sweep.launch.slurm_options import SlurmOptions
 
@@ -89,13 +90,12 @@ class SweepLauncher(Launcher):
         raise SweepExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.options))
 
     def compose(self, overrides: list[str]) -> tuple[list[str], dict[str, Any] | str]:
-        """The cell's overrides with its flat options, or with Hydra's words on why there are none."""
+        """The cell's overrides with its flat options, or with words on why there are none."""
         try:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             plain = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-            cause = f"{error}" if error.__cause__ is None else f"{error.__cause__}"
-            return overrides, " ".join(line.strip() for line in cause.splitlines() if line.strip())
+            return overrides, in_our_words(error)
         assert isinstance(plain, dict)
         return overrides, {str(key): value for key, value in plain.items()}

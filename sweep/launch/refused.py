@@ -1,0 +1,43 @@
+"""What Hydra refuses, in our words: key, value and fix, on one line."""
+
+import re
+from typing import Any, get_type_hints
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from sweep.launch.machine import LocalOptions
+from sweep.launch.slurm_options import SlurmOptions
+from sweep.options import must_be, not_an_option, option_fields
+
+__all__ = ["in_our_words"]
+
+TYPED = re.compile(r"Error merging override (.*)|To append to your config use \+(.*)")
+"""Where Hydra repeats what was typed."""
+
+
+def in_our_words(error: Exception) -> str:
+    """One line about an error of Hydra or OmegaConf; in its own words where we have none."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        presets = [option for option in error.options if option != "basic" and not option.endswith("_schema")]
+        return f"{group}={name} does not exist; choose one of {', '.join(presets)}"
+    if isinstance(error, OverrideParseException):
+        words = [line for line in error.message.splitlines() if not line.startswith("Error parsing override")]
+        reason = words[0].partition(" expecting ")[0] if words else "no option=value"
+        return f"{error.override} cannot be read ({reason}); quote a value with special characters: \"key='a=b'\""
+    if isinstance(error, HydraException) and (typed := TYPED.search(str(error))):
+        key, _, value = (typed[1] or typed[2]).lstrip("+").partition("=")
+        types = _types()
+        return must_be(key, value, types[key]) if key in types else not_an_option(key, value, types)
+    if isinstance(cause := error.__cause__ or error, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {str(cause).partition('full_key:')[0]}".strip()
+    return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def _types() -> dict[str, Any]:
+    """Of everything one types as key=value, presets left out."""
+    types = {name: hint for _, name, hint, _ in option_fields()}
+    for kind in (LocalOptions, SlurmOptions):
+        types |= {f"hydra.launcher.{name}": hint for name, hint in get_type_hints(kind).items() if name[0] != "_"}
+    return types
