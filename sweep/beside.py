@@ -1,22 +1,24 @@
 """Baselines beside the cells of a gang: loaded, scored in the same held-out pass, and committed as rows of their own.
 
-One that cannot be read costs no cell anything.
+One that cannot be read costs no cell anything. One that another job is just scoring is left to that job.
 """
 
+import contextlib
 import logging
 import socket
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
-from sweep.baselines.wanted import layers_beside, unscored
+from sweep.baselines.wanted import is_scored, layers_beside, unscored
 from sweep.commit import Workplace, circumstances
 from sweep.config import SCHEMA_VERSION, Site, StreamConfig
 from sweep.errors import SweepError
 from sweep.evaluate import Evaluation
 from sweep.options import Workflow
-from sweep.paths import ResultsFolder
+from sweep.paths import ResultsFolder, try_lock
 from sweep.progress import Report
 from sweep.results import write_run
 
@@ -34,11 +36,17 @@ class Beside:
 
 
 def baselines_beside(
-    sites: Collection[Site], workflow: Workflow, place: Workplace, results: ResultsFolder, report: Report
+    sites: Collection[Site],
+    workflow: Workflow,
+    place: Workplace,
+    results: ResultsFolder,
+    report: Report,
+    stack: contextlib.ExitStack,
 ) -> list[Beside]:
-    """The baselines of the layers of these sites that are not scored yet, loaded.
+    """The baselines of the layers of these sites that nobody has scored or is scoring, loaded.
 
-    Side effects: loads the language model where a baseline reads a hook that no cell does.
+    Side effects: they are this job's until the stack closes; loads the language model where a baseline reads a hook
+    that no cell does.
     """
     config, found = place.stream.config, list[Beside]()
     for layer in layers_beside(sites):
@@ -48,6 +56,11 @@ def baselines_beside(
             log.warning("no baselines at layer %d: %s", layer, error)
             continue
         for row_id, each in missing.items():
+            if not claim(results.scoring(row_id), stack):
+                log.info("baseline %s: another job is scoring it", each.entry.name)
+                continue
+            if is_scored(row_id, workflow, config, results):  # by a job that ended just now
+                continue
             report(f"load {each.entry.name}", 0, 0, "")
             try:
                 if each.site not in place.stream.sites:
@@ -58,6 +71,17 @@ def baselines_beside(
             else:
                 found.append(Beside(row_id, baseline))
     return found
+
+
+def claim(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether the lock could be taken; it is held until the stack closes, and its file goes."""
+    if path.is_symlink():  # in a folder from elsewhere it may lead anywhere
+        path.unlink()
+    if (lock := try_lock(path)) is None:
+        return False
+    stack.enter_context(lock)
+    stack.callback(path.unlink, missing_ok=True)
+    return True
 
 
 def commit_baseline(one: Beside, evaluation: Evaluation, results: ResultsFolder, place: Workplace) -> None:

@@ -98,7 +98,7 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report,
     if not gang.members and not gang.finished:
         return
     sites = [member.cell.site for member in (*gang.members, *gang.finished)]
-    beside = baselines_beside(sites, workflow, place, results, report)
+    beside = baselines_beside(sites, workflow, place, results, report, stack)
     evaluations = evaluate_all(gang, beside, place, workflow, report)
     gang.attempt_all(lambda member: commit(member, results, place, workflow))
     for one in beside:

@@ -188,6 +188,10 @@ class ResultsFolder:
     def row(self, table: str, cell_id: str) -> Path:
         return self.root / table / f"{cell_id}.parquet"
 
+    def scoring(self, row_id: str) -> Path:
+        """Locked by the job that scores a baseline."""
+        return self.root / "runs" / f".{row_id}.lock"
+
     def compact(self, table: str) -> Path:
         """All files of a table as one, made by the analysis; can be deleted."""
         return self.root / "cache" / "analysis" / f"{table}.parquet"

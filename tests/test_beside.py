@@ -14,6 +14,7 @@ from gangs import make_workflow, run_cells
 from gemma_scope import Arrays, random_arrays, reference_prediction, write_first, write_second
 from make import make_cell, make_options
 
+from sweep.baselines.wanted import unscored_beside
 from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
 from sweep.launch.beside import not_scored, with_baselines, with_done_cells
@@ -22,7 +23,7 @@ from sweep.launch.machine import LocalOptions
 from sweep.launch.outcome import NOT_DONE
 from sweep.launch.plan import Plan, make_plan
 from sweep.options import Workflow, cell_from_options
-from sweep.paths import CacheFolder, ResultsFolder
+from sweep.paths import CacheFolder, ResultsFolder, try_lock
 from sweep.progress import silent
 from sweep.results import TABLES
 from sweep.status import read_status
@@ -255,6 +256,36 @@ def test_a_baseline_that_vanished_costs_no_cell_anything(cache: CacheFolder, tmp
     results = run_cells([make_cell(steps=2)], workflow)
     assert results.row("runs", make_cell(steps=2).cell_id).exists()
     assert "no baselines at layer 1" in results.cell(make_cell(steps=2).cell_id).log.read_text()
+
+
+def test_a_baseline_that_another_job_is_scoring_is_left_to_it(cache: CacheFolder, tmp_path: Path) -> None:
+    for l0 in (4, 8):
+        write_first(tmp_path / "google", random_arrays(D, 8, D, seed=l0), l0=l0)
+    asked = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
+    cell = make_cell(steps=2)
+    results = run_cells([cell], make_workflow(tmp_path / "r", cache))
+    (sparse, _), (_, dense) = unscored_beside(cell, asked, results).items()
+    held = try_lock(results.scoring(sparse))
+    assert held is not None
+    with held:
+        run_cells([cell], asked)
+    assert [*scores(results)] == [dense.entry.name]
+    assert "another job is scoring it" in results.cell(cell.cell_id).log.read_text()
+    run_cells([cell], asked)
+    assert len(scores(results)) == 2
+    assert not list(results.table("runs").glob(".*"))
+
+
+def test_a_link_in_place_of_a_lock_leads_nowhere(cache: CacheFolder, tmp_path: Path) -> None:
+    write_first(tmp_path / "google", random_arrays(D, 8, D), l0=4)
+    asked = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
+    cell = make_cell(steps=2)
+    results = run_cells([cell], make_workflow(tmp_path / "r", cache))
+    (row_id,) = unscored_beside(cell, asked, results)
+    results.scoring(row_id).symlink_to(tmp_path / "elsewhere")
+    run_cells([cell], asked)
+    assert len(scores(results)) == 1
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_l0_far_from_its_authors_is_told_in_the_row_and_the_log(cache: CacheFolder, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sweep.results import has_row, read_row
 from sweep.revisions import sha256_of_file
 from sweep.tokens import row_counts
 
-__all__ = ["Wanted", "layers_beside", "unscored", "unscored_beside", "wanted"]
+__all__ = ["Wanted", "is_scored", "layers_beside", "unscored", "unscored_beside", "wanted"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ def wanted(workflow: Workflow, layer: int) -> list[Wanted]:
     return [Wanted(entry, layer) for entry in chosen]
 
 
+def is_scored(row_id: str, workflow: Workflow, config: StreamConfig, results: ResultsFolder) -> bool:
+    """Whether a baseline has its row, with cross-entropies on as many rows as the workflow asks for."""
+    if not has_row(results, row_id):
+        return False
+    n_rows = min(workflow.n_causal_rows, row_counts(config.data)["heldout"])
+    n_causal_tokens = n_rows * max(config.data.seq_len - 2, 0)
+    return not n_causal_tokens or (read_row(results.row("runs", row_id))["n_causal_tokens"] or 0) >= n_causal_tokens
+
+
 def unscored(
     layer: int, workflow: Workflow, config: StreamConfig, heldout_hash: str, model_hash: str, results: ResultsFolder
 ) -> dict[str, Wanted]:
@@ -72,16 +81,8 @@ def unscored(
     Raises:
         BaselineError: they are not in the folder.
     """
-    n_rows = min(workflow.n_causal_rows, row_counts(config.data)["heldout"])
-    n_causal_tokens = n_rows * max(config.data.seq_len - 2, 0)
-
-    def has_all(row_id: str) -> bool:
-        if not has_row(results, row_id):
-            return False
-        return not n_causal_tokens or (read_row(results.row("runs", row_id))["n_causal_tokens"] or 0) >= n_causal_tokens
-
     ids = {each.row_id(config, heldout_hash, model_hash): each for each in wanted(workflow, layer)}
-    return {row_id: each for row_id, each in ids.items() if not has_all(row_id)}
+    return {row_id: each for row_id, each in ids.items() if not is_scored(row_id, workflow, config, results)}
 
 
 def unscored_beside(cell: Cell, workflow: Workflow, results: ResultsFolder) -> dict[str, Wanted]:
