@@ -5,7 +5,8 @@
 2. ratio = the cell's loss / the frontier's at the cell's L0. Below 1 the cell is better.
 3. Held-out sequences are drawn with replacement, the same draws for the cell and for every point of the frontier. L0
    and loss of all of them are taken anew on each draw; the ratio's 95% interval lies between its 2.5% and 97.5%
-   quantiles. What makes a sequence hard for everybody cancels.
+   quantiles. What makes a sequence hard for everybody cancels. Draws from n sequences spread less than the truth, so
+   their distance from the ratio is stretched by sqrt(n / (n - 1)) t(n - 1) / 1.96: 1.03 for 64, 1.3 for 8, 9 for 2.
 4. Inside the range the interval decides: better, worse, or a tie if it holds 1. Outside nothing is known but that a
    frontier falls: a cell that is sparser than all and better than the sparsest `dominates`, one that is denser than
    all and worse than the densest is `dominated`, anything else is `not comparable`.
@@ -14,11 +15,14 @@ Any loss that is a sum over tokens will do: squared error, cross-entropy over th
 (the variance of the targets) is the same for all and cancels in the ratio.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from analysis.spread import Z_975, t_quantile
 
 __all__ = [
     "N_RESAMPLES",
@@ -110,9 +114,10 @@ def place(cells: Sums, baselines: Sums, n_resamples: int = N_RESAMPLES) -> Place
         raise ValueError("no baseline has a loss and an L0 above zero")
     n_sequences = len(cells.n_tokens)
     draws = counts(n_sequences, n_resamples if n_sequences > 1 else 0)
+    stretch = _stretch(n_sequences) if n_sequences > 1 else 1.0
     edge = _sorted(*_log_points(baselines.part(chosen), draws))
     n = len(cells.loss)
-    parts = [_place(cells.part(slice(i, i + CELLS_AT_ONCE)), edge, draws) for i in range(0, n, CELLS_AT_ONCE)]
+    parts = [_place(cells.part(slice(i, i + CELLS_AT_ONCE)), edge, draws, stretch) for i in range(0, n, CELLS_AT_ONCE)]
     placements = [placement for part in parts for placement in part.placements]
     return Placed(placements, np.concatenate([part.log_ratios for part in parts], 1) if parts else np.empty((0, 0)))
 
@@ -150,15 +155,25 @@ def interpolate(xs: Array, ys: Array, x: Array) -> Array:
     return np.asarray(y0 + slope * (x - x0))
 
 
-def _place(cells: Sums, edge: tuple[Array, Array], draws: Array) -> Placed:
+def _stretch(n_sequences: int) -> float:
+    """How much further the truth lies than draws with replacement do, as for Student's interval of a mean."""
+    return math.sqrt(n_sequences / (n_sequences - 1)) * t_quantile(n_sequences - 1) / Z_975
+
+
+def _place(cells: Sums, edge: tuple[Array, Array], draws: Array, stretch: float) -> Placed:
     (xs, ys), (x, y) = edge, _log_points(cells, draws)
     at = interpolate(xs, ys, x) if xs.shape[1] > 1 else np.where(x[0] == xs[0], ys, np.nan)
-    log_ratios = y - at
-    placements = [_placement(xs, ys, x[:, i], y[:, i], log_ratios[:, i]) for i in range(x.shape[1])]
+    log_ratios = _stretched(y - at, stretch)
+    placements = [_placement(xs, ys, x[:, i], y[:, i], log_ratios[:, i], stretch) for i in range(x.shape[1])]
     return Placed(placements, log_ratios[1:])
 
 
-def _placement(xs: Array, ys: Array, x: Array, y: Array, log_ratio: Array) -> Placement:
+def _stretched(values: Array, stretch: float) -> Array:
+    """Draws moved away from the first line, which stays."""
+    return np.asarray(values[0] + stretch * (values - values[0]))
+
+
+def _placement(xs: Array, ys: Array, x: Array, y: Array, log_ratio: Array, stretch: float) -> Placement:
     """One cell. In all arrays the first line is the sequences as they are, the others are the draws."""
     low, high = _interval(log_ratio[1:])
     below, above = bool(x[0] < xs[0, 0] - ROUNDING), bool(x[0] > xs[0, -1] + ROUNDING)
@@ -166,8 +181,11 @@ def _placement(xs: Array, ys: Array, x: Array, y: Array, log_ratio: Array) -> Pl
     if low is not None and high is not None and not (below or above):
         verdict = "better" if high < -ROUNDING else "worse" if low > ROUNDING else "tie"
     elif len(x) > 1 and (below or above):
-        dominates = np.mean((x <= xs[:, 0])[1:] & (y < ys[:, 0])[1:]) >= SURE
-        dominated = np.mean((x >= xs[:, -1])[1:] & (y > ys[:, -1])[1:]) >= SURE
+        (l0_low, loss_low), (l0_high, loss_high) = (
+            (_stretched(x - xs[:, end], stretch)[1:], _stretched(y - ys[:, end], stretch)[1:]) for end in (0, -1)
+        )
+        dominates = np.mean((l0_low <= 0) & (loss_low < 0)) >= SURE
+        dominated = np.mean((l0_high >= 0) & (loss_high > 0)) >= SURE
         verdict = "dominates" if dominates else "dominated" if dominated else "not comparable"
     return Placement(
         _exp(log_ratio[0]), _exp(low), _exp(high), _exp(_where(xs[0], ys[0], y[0])), below or above, verdict

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Spread", "interval_of_mean", "pooled", "t_quantile"]
+__all__ = ["Z_975", "Spread", "interval_of_mean", "pooled", "t_quantile"]
 
 T_975 = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -19,6 +19,7 @@ T_975 = (
 """97.5% quantiles of Student's t for 1 to 30 degrees of freedom."""
 
 Z_975 = 1.959964
+"""The 97.5% quantile of the normal distribution."""
 
 
 def t_quantile(df: int) -> float:

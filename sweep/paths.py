@@ -347,11 +347,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Write and remove a file, so that a folder that will not take results says so before the work.
-
-    Raises:
-        OSError: it does not take one.
-    """
+    """Raise an OSError for a folder that takes no file, so that it says so before the work. Leaves nothing there."""
     with tempfile.TemporaryFile(dir=folder):
         pass
 
