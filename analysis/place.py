@@ -80,6 +80,8 @@ class Standing:
     columns: dict[str, Row]
     """Values of PLACE_COLUMNS."""
     log_ratios: dict[str, Array]
+    unpaired: list[str]
+    """Rows whose sums per sequence are missing, or of other sequences than the baselines'."""
 
     def stands_for(self, metric: str) -> bool:
         return metric in self.measure.metrics
@@ -127,6 +129,7 @@ def standings(rows: Sequence[Row], baselines: Sequence[Row], sequences: pl.DataF
             losses=[measure.loss_of(row) for row in edge],
             columns={row["cell_id"]: _columns(measure, row, placements[row["cell_id"]]) for row in known},
             log_ratios=log_ratios,
+            unpaired=[row["cell_id"] for row in apart],
         )
 
 
@@ -162,14 +165,19 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
     return {
         name: np.mean(seeds, 0)
         for name, seeds in found.items()
-        if len(seeds) == len(ids[name]) and len({seed.shape for seed in seeds}) == 1 and np.isfinite(seeds).all()
+        if len(seeds) == len(ids[name]) and all(map(_same_sequences, seeds[1:], seeds)) and np.isfinite(seeds).all()
     }
 
 
+def _same_sequences(one: Series, other: Series) -> bool:
+    """Whether two have the same sequences, each with the same number of tokens."""
+    return np.array_equal(one[[0, 3]], other[[0, 3]])
+
+
 def _paired(row: Row, edge: Sequence[Row], series: dict[str, Series]) -> bool:
-    """Whether a row and all points of the frontier have sums for the same number of tokens in the same sequences."""
-    tokens = [series[one["cell_id"]][3] for one in (row, *edge) if one["cell_id"] in series]
-    return len(tokens) == 1 + len(edge) and all(np.array_equal(tokens[0], other) for other in tokens)
+    """Whether a row and all points of the frontier have sums for the same tokens of the same sequences."""
+    found = [series.get(one["cell_id"]) for one in (row, *edge)]
+    return all(one is not None and found[0] is not None and _same_sequences(one, found[0]) for one in found)
 
 
 def _total(row: Row, measure: Measure) -> Series:

@@ -241,8 +241,16 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
         lonely = any(len(standing.on_frontier) == 1 for standing in group.standings if standing.stands_for(group.by))
         why = "one baseline is no frontier: " if lonely else ""
         yield f"{why}rows stand in the order of {group.by} alone, which compares at equal L0 only"
-    if any(not standing.n_sequences for standing in group.standings):
-        yield "no sums per held-out sequence of the frontier (table sequences): ratios without intervals"
+    for standing in group.standings:
+        ratio = f"{standing.measure.name}_ratio"
+        if not standing.n_sequences:
+            yield f"no sums per held-out sequence of the frontier (table sequences): {ratio} without intervals"
+        elif names := standing.unpaired:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            yield (
+                f"{ratio} without interval: {', '.join(names[:5])}{more}; sums per held-out sequence missing or not "
+                "of the baselines' sequences (table sequences)"
+            )
     if not key["heldout_hash"] or not key["model_hash"]:
         yield "rows without heldout_hash or model_hash: nothing shows that they were measured on the same vectors"
 

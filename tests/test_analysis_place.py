@@ -123,14 +123,25 @@ def test_without_sequences_there_is_a_ratio_but_no_interval(results: Path, missi
     assert (rows["even"]["fvu_ratio_low"], rows["even"]["fvu_verdict"]) == (None, None)
     assert (rows["sparse"]["fvu_verdict"] is None) == (missing == "middle")
     if missing == "middle":
-        assert "ratios without intervals" in rank_text(ranked(results))
+        assert "(table sequences): fvu_ratio without intervals" in rank_text(ranked(results))
+    else:
+        assert f"fvu_ratio without interval: {missing}; sums per held-out sequence" in rank_text(ranked(results))
 
 
-def test_another_number_of_tokens_is_not_paired(results: Path) -> None:
-    write_cell(results, "odd", l0=16.0, fvu=0.5, options={"lr": 0.5}, sequences=sequences(16.0, 0.5, 3)[:-1])
+@pytest.mark.parametrize("change", ["fewer", "others", "longer"])
+def test_other_sequences_are_not_paired(results: Path, change: str) -> None:
+    sums = sequences(16.0, 0.5, 3)
+    if change == "fewer":
+        sums.pop()
+    elif change == "others":
+        sums[-1]["sequence"] += 1
+    else:
+        sums[-1]["n_tokens"] += 1
+    write_cell(results, "odd", l0=16.0, fvu=0.5, options={"lr": 0.5}, sequences=sums)
     rows = {row["cell_id"]: row for row in ranked(results).rows}
     assert rows["odd"]["fvu_ratio"] == pytest.approx(rows["sparse"]["fvu_ratio"])
     assert rows["odd"]["fvu_verdict"] is None
+    assert "fvu_ratio without interval: odd; sums per held-out sequence" in rank_text(ranked(results))
 
 
 def test_another_metric_orders_by_itself_and_still_places(results: Path) -> None:
