@@ -33,7 +33,7 @@ class Loss:
     total: Float[Tensor, ""]
     prefixes: list[Float[Tensor, ""]]
     aux: Float[Tensor, ""] | None
-    n_active: int
+    n_active: Int[Tensor, ""]
     fired: Bool[Tensor, " dict_size"]
 
 
@@ -63,7 +63,7 @@ def transcoder_loss(
         total = total + revival.aux_penalty * min(len(dead) / revival.top_k_aux, 1.0) * aux
     aux = None if aux is None else aux.detach()
     active = latents.detach() > 0
-    return Loss(total, [prefix.detach() for prefix in prefixes], aux, int(active.sum()), active.any(dim=0))
+    return Loss(total, [prefix.detach() for prefix in prefixes], aux, active.sum(), active.any(dim=0))
 
 
 def aux_loss(

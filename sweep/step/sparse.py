@@ -129,7 +129,8 @@ def gradients(
     n_dead = len(dead) if revival.aux_penalty > 0 else 0
     dead = dead[:n_dead]
     active, revived = encode(params, source, capacity, threshold, dead, revival.top_k_aux)
-    n_active, smallest = len(active.value), float(active.value.min()) if len(active.value) else 0.0
+    n_active = torch.tensor(len(active.value))
+    smallest = float(active.value.min()) if len(active.value) else 0.0
 
     batch, n_groups = len(source), len(capacity.groups)
     ends = torch.tensor(capacity.groups, device=source.device)

@@ -38,7 +38,7 @@ class StepReport:
         this batch; it is left out where they do not vary.
         """
         values = {"loss": float(self.loss.total), "n_dead": float(self.n_dead), "lr": self.lr}
-        values["l0"] = self.loss.n_active / len(self.target)
+        values["l0"] = int(self.loss.n_active) / len(self.target)
         values |= {f"loss_{i}": float(prefix) for i, prefix in enumerate(self.loss.prefixes)}
         if (deviation := float(self.target.var(dim=0, correction=0).mean())) > 0:
             values["fvu"] = float(self.loss.prefixes[-1]) / deviation
@@ -76,6 +76,6 @@ def train_step_(
     lr = learning_rate(state.step, schedule) * state.lr_factor
     loss = learn_(state, scaled_source, scaled_target, capacity, revival, dead, lr, schedule.betas)
     state.batches_since_fired += 1
-    state.batches_since_fired[loss.fired] = 0
+    state.batches_since_fired.masked_fill_(loss.fired, 0)
     state.step += 1
     return StepReport(loss, scaled_target, n_dead=len(dead), lr=lr)
