@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
-from sweep.baselines.wanted import is_scored, layers_beside, unscored
+from sweep.baselines.wanted import is_scored, layers_beside, wanted_rows
 from sweep.commit import Workplace, circumstances
 from sweep.config import SCHEMA_VERSION, Site, StreamConfig
 from sweep.errors import SweepError
@@ -51,11 +51,13 @@ def baselines_beside(
     config, found = place.stream.config, list[Beside]()
     for layer in layers_beside(sites):
         try:
-            missing = unscored(layer, workflow, config, place.tokens.heldout_hash, place.model_hash, results)
+            asked = wanted_rows(layer, workflow, config, place.tokens.heldout_hash, place.model_hash)
         except SweepError as error:
             log.warning("no baselines at layer %d: %s", layer, error)
             continue
-        for row_id, each in missing.items():
+        for row_id, each in asked.items():
+            if is_scored(row_id, workflow, config, results):
+                continue
             if not claim(results.scoring(row_id), stack):
                 log.info("baseline %s: another job is scoring it", each.entry.name)
                 continue

@@ -14,13 +14,13 @@ from gangs import make_workflow, run_cells
 from gemma_scope import Arrays, random_arrays, reference_prediction, write_first, write_second
 from make import make_cell, make_options
 
-from sweep.baselines.wanted import unscored_beside
+from sweep.baselines.wanted import rows_beside
 from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
-from sweep.launch.beside import not_scored, with_baselines, with_done_cells
+from sweep.launch.beside import shortcomings, with_baselines, with_done_cells
 from sweep.launch.launch import launch
 from sweep.launch.machine import LocalOptions
-from sweep.launch.outcome import NOT_DONE
+from sweep.launch.outcome import DONE, NOT_DONE
 from sweep.launch.plan import Plan, make_plan
 from sweep.options import Workflow, cell_from_options
 from sweep.paths import CacheFolder, ResultsFolder, try_lock
@@ -181,10 +181,10 @@ def test_baselines_asked_for_afterwards_are_scored_alone(families: Path, cache: 
     row, status = results.row("runs", cell.cell_id).read_bytes(), read_status(results.cell(cell.cell_id))
     asked = make_workflow(tmp_path / "one", cache, **google)
     assert actions(asked, cell) == ["baselines"]
-    assert len(not_scored(planned(asked, cell), results)) == 2
+    assert [len(part) for part in shortcomings(planned(asked, cell), results)] == [2, 0]
     run_cells([cell], asked)
     assert actions(asked, cell) == ["done"]
-    assert not_scored(planned(asked, cell), results) == []
+    assert shortcomings(planned(asked, cell), results) == ([], [])
     beside = run_cells([cell], make_workflow(tmp_path / "other", cache, **google))
     assert scores(results) == scores(beside)
     assert results.row("runs", cell.cell_id).read_bytes() == row
@@ -264,7 +264,7 @@ def test_a_baseline_that_another_job_is_scoring_is_left_to_it(cache: CacheFolder
     asked = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
     cell = make_cell(steps=2)
     results = run_cells([cell], make_workflow(tmp_path / "r", cache))
-    (sparse, _), (_, dense) = unscored_beside(cell, asked, results).items()
+    (sparse, _), (_, dense) = rows_beside(cell, asked, results).items()
     held = try_lock(results.scoring(sparse))
     assert held is not None
     with held:
@@ -281,20 +281,27 @@ def test_a_link_in_place_of_a_lock_leads_nowhere(cache: CacheFolder, tmp_path: P
     asked = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
     cell = make_cell(steps=2)
     results = run_cells([cell], make_workflow(tmp_path / "r", cache))
-    (row_id,) = unscored_beside(cell, asked, results)
+    (row_id,) = rows_beside(cell, asked, results)
     results.scoring(row_id).symlink_to(tmp_path / "elsewhere")
     run_cells([cell], asked)
     assert len(scores(results)) == 1
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_an_l0_far_from_its_authors_is_told_in_the_row_and_the_log(cache: CacheFolder, tmp_path: Path) -> None:
+def test_an_l0_far_from_its_authors_is_told_in_the_row_the_log_and_at_the_end(
+    cache: CacheFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_first(tmp_path / "google", random_arrays(D, 80, D, seed=1), l0=400)
     workflow = make_workflow(tmp_path / "r", cache, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
-    results = run_cells([make_cell(steps=2)], workflow)
+    options = make_options(steps=2)
+    assert launch([([], options | vars(workflow))], LocalOptions(backend="inline")) == DONE
+    results = ResultsFolder(tmp_path / "r")
     (name,) = baseline_files(results)
-    assert "its authors' is 400" in pl.read_parquet(results.table("runs") / name)["remarks"][0]
-    assert "its authors' is 400" in results.cell(make_cell(steps=2).cell_id).log.read_text()
+    said = " ".join(capsys.readouterr().err.split())
+    log = results.cell(cell_from_options(options).cell_id).log.read_text()
+    for words in (pl.read_parquet(results.table("runs") / name)["remarks"][0], log, said):
+        assert "its authors' is 400" in words
+    assert "warning: baseline layer_1/width_16k/average_l0_400: measured L0" in said
 
 
 def resolve(tmp_path: Path, cache: CacheFolder, cells: Any = None, **workflow: Any) -> Any:

@@ -18,7 +18,7 @@ from sweep.results import has_row, read_row
 from sweep.revisions import sha256_of_file
 from sweep.tokens import row_counts
 
-__all__ = ["Wanted", "is_scored", "layers_beside", "unscored", "unscored_beside", "wanted"]
+__all__ = ["Wanted", "is_scored", "layers_beside", "rows_beside", "wanted", "wanted_rows"]
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,19 @@ def is_scored(row_id: str, workflow: Workflow, config: StreamConfig, results: Re
     return not n_causal_tokens or (read_row(results.row("runs", row_id))["n_causal_tokens"] or 0) >= n_causal_tokens
 
 
-def unscored(
-    layer: int, workflow: Workflow, config: StreamConfig, heldout_hash: str, model_hash: str, results: ResultsFolder
+def wanted_rows(
+    layer: int, workflow: Workflow, config: StreamConfig, heldout_hash: str, model_hash: str
 ) -> dict[str, Wanted]:
-    """Those of a layer, by the ids of their rows, that have none with all that the workflow asks for.
+    """The baselines of a layer by the ids of their rows.
 
     Raises:
         BaselineError: they are not in the folder.
     """
-    ids = {each.row_id(config, heldout_hash, model_hash): each for each in wanted(workflow, layer)}
-    return {row_id: each for row_id, each in ids.items() if not is_scored(row_id, workflow, config, results)}
+    return {each.row_id(config, heldout_hash, model_hash): each for each in wanted(workflow, layer)}
 
 
-def unscored_beside(cell: Cell, workflow: Workflow, results: ResultsFolder) -> dict[str, Wanted]:
-    """Those of a finished cell's layer that were not scored on its held-out rows, by the ids of their rows.
+def rows_beside(cell: Cell, workflow: Workflow, results: ResultsFolder) -> dict[str, Wanted]:
+    """Those that belong beside a finished cell.
 
     Raises:
         BaselineError: they are not in the folder.
@@ -94,4 +93,4 @@ def unscored_beside(cell: Cell, workflow: Workflow, results: ResultsFolder) -> d
     if not layers_beside([cell.site]):
         return {}
     row = read_row(results.row("runs", cell.cell_id))
-    return unscored(cell.site.layer, workflow, cell.stream, row["heldout_hash"], row["model_hash"], results)
+    return wanted_rows(cell.site.layer, workflow, cell.stream, row["heldout_hash"], row["model_hash"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sweep.baselines.header import check, check_shapes
 from sweep.baselines.hub import REPOSITORIES, download
-from sweep.baselines.wanted import layers_beside, unscored_beside, wanted
+from sweep.baselines.wanted import is_scored, layers_beside, rows_beside, wanted
 from sweep.config import Cell
 from sweep.errors import BaselineError, ConfigError
 from sweep.launch.cost import Beside
@@ -14,9 +14,9 @@ from sweep.launch.plan import Plan
 from sweep.options import Workflow
 from sweep.paths import ResultsFolder
 from sweep.progress import Report
-from sweep.results import has_row
+from sweep.results import has_row, read_row
 
-__all__ = ["baselines_of", "not_scored", "with_baselines", "with_done_cells"]
+__all__ = ["baselines_of", "shortcomings", "with_baselines", "with_done_cells"]
 
 
 def with_baselines(workflow: Workflow, cells: Sequence[Cell], report: Report) -> Workflow:
@@ -74,26 +74,34 @@ def with_done_cells(plan: Plan, results: ResultsFolder, elsewhere: Collection[st
         cell, place = planned.cell, (planned.cell.stream, planned.cell.site.layer)
         if planned.action == "done" and place not in served:
             served.add(place)
-            if n_missing := len(unscored_beside(cell, plan.workflow, results)):
+            rows = rows_beside(cell, plan.workflow, results)
+            if n_missing := sum(not is_scored(row_id, plan.workflow, cell.stream, results) for row_id in rows):
                 reason = f"its row is there, {n_missing} of the baselines of layer {cell.site.layer} are not"
                 cells[i] = replace(planned, action="baselines", reason=reason)
     return replace(plan, cells=tuple(cells))
 
 
-def not_scored(plan: Plan, results: ResultsFolder) -> list[str]:
-    """The names of the baselines that a sweep asked for and that have no row although a cell beside them does."""
+def shortcomings(plan: Plan, results: ResultsFolder) -> tuple[list[str], list[str]]:
+    """Of the baselines that a sweep asked for beside cells that are done: the names of those without a row, and what
+    looks wrong about others.
+    """
+    missing: dict[str, None] = {}
+    remarks: dict[str, None] = {}
     if not asks_for_baselines(plan):
-        return []
-    names: dict[str, None] = {}
+        return [], []
     done = {(p.cell.stream, p.cell.site.layer): p.cell for p in plan.cells if has_row(results, p.cell.cell_id)}
     for cell in done.values():
         try:
-            missing = unscored_beside(cell, plan.workflow, results)
+            rows = rows_beside(cell, plan.workflow, results)
         except BaselineError as error:
-            names[str(error)] = None
-        else:
-            names |= dict.fromkeys(each.entry.name for each in missing.values())
-    return list(names)
+            missing[str(error)] = None
+            continue
+        for row_id, each in rows.items():
+            if not is_scored(row_id, plan.workflow, cell.stream, results):
+                missing[each.entry.name] = None
+            elif remark := read_row(results.row("runs", row_id))["remarks"]:
+                remarks[f"baseline {each.entry.name}: {remark}"] = None
+    return list(missing), list(remarks)
 
 
 def asks_for_baselines(plan: Plan) -> bool:

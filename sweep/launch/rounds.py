@@ -23,7 +23,7 @@ from types import FrameType
 from sweep.config import Cell, as_json
 from sweep.errors import Interrupted, SweepError
 from sweep.launch import console
-from sweep.launch.beside import not_scored
+from sweep.launch.beside import shortcomings
 from sweep.launch.claims import Claim, Others, claimed
 from sweep.launch.console import plural
 from sweep.launch.endings import part
@@ -150,12 +150,14 @@ def run_rounds(first: Plan, jobs: Sequence[Job], venue: Venue, divide: Callable[
             console.problem(f"interrupted; {what}. To go on:\n    {command()}")
             return INTERRUPTED
         code = tell(first.asked, results, Together(*followed))
-        if followed and (missing := not_scored(first, results)):
+        missing, remarks = shortcomings(first, results) if followed else ([], [])
+        for remark in remarks:
+            console.problem(f"warning: {remark}")
+        if missing:
             console.problem(
                 f"baselines not scored: {', '.join(missing)}; the logs of the cells at their layer tell why"
             )
-            return NOT_DONE
-        return code
+        return NOT_DONE if missing else code
 
 
 def begin(plan: Plan, results: ResultsFolder) -> str:
