@@ -122,7 +122,8 @@ def _group(
     order = group.ordered_by
     _order(group, spreads[by] if order is None else pooled([order.measure.losses_of(cell) for cell in cells]))
     same, varying = same_and_varying(rows)
-    return replace(group, same=same, varying=varying, notes=list(_notes(group, varying, keys, spreads[by])))
+    notes = [*_notes(group, varying, keys, spreads[by]), *_unsure_of_seeds(group, cells)]
+    return replace(group, same=same, varying=varying, notes=notes)
 
 
 def _order(group: Group, spread: Spread | None) -> None:
@@ -246,13 +247,31 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
         if not standing.n_sequences:
             yield f"no sums per held-out sequence of the frontier (table sequences): {ratio} without intervals"
         elif names := standing.unpaired:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             yield (
-                f"{ratio} without interval: {', '.join(names[:5])}{more}; sums per held-out sequence missing or not "
+                f"no interval of {ratio} for {_some(names)}: sums per held-out sequence missing or not "
                 "of the baselines' sequences (table sequences)"
             )
     if not key["heldout_hash"] or not key["model_hash"]:
         yield "rows without heldout_hash or model_hash: nothing shows that they were measured on the same vectors"
+
+
+def _unsure_of_seeds(group: Group, cells: Sequence[list[Row]]) -> Iterator[str]:
+    """Verdicts that hold for these transcoders, but perhaps not for those of other seeds."""
+    for standing in group.standings:
+        name, spread = standing.measure.name, pooled([standing.measure.losses_of(cell) for cell in cells])
+        if spread is None or not spread.relative:
+            continue
+        sure = [row for row in group.rows if row[f"{name}_verdict"] in ("better", "worse")]
+        halves = [(row, spread.half_width(row[f"{name}_ratio"], row["n_seeds"])) for row in sure]
+        if unsure := [row["cell_id"] for row, half in halves if abs(row[f"{name}_ratio"] - 1) <= half]:
+            yield (
+                f"verdicts on {standing.measure.words} are about these transcoders; the spread of the seeds leaves "
+                f"open what other seeds would get: {_some(unsure)}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def records(groups: Sequence[Group], top: int | None = None) -> Iterator[Row]:

@@ -115,6 +115,21 @@ def test_seeds_of_a_cell_are_placed_by_their_mean(tmp_path: Path) -> None:
     assert row["fvu_ratio_low"] < row["fvu_ratio"] < row["fvu_ratio_high"] < 1
 
 
+def test_a_verdict_that_other_seeds_may_not_get_is_told(tmp_path: Path) -> None:
+    for i, (name, (l0, fvu)) in enumerate({"low": (8.0, 0.8), "high": (32.0, 0.4)}.items()):
+        write(tmp_path, name, l0, fvu, i, kind="baseline", baseline=name)
+    for name, fvus in {"scattered": (0.4, 0.6), "far": (0.2, 0.3)}.items():
+        for seed, fvu in enumerate(fvus):
+            write(tmp_path, f"{name}{seed}", 16.0, fvu, 20 + seed, options={"seed": seed, "lr": fvus[0] / 100})
+    group = ranked(tmp_path)
+    assert [row["fvu_verdict"] for row in group.rows] == ["better", "better"]
+    (note,) = (note for note in group.notes if "other seeds would get" in note)
+    assert note == (
+        "verdicts on FVU are about these transcoders; the spread of the seeds leaves open what other seeds would get: "
+        "scattered0"
+    )
+
+
 @pytest.mark.parametrize("missing", ["even", "middle"])
 def test_without_sequences_there_is_a_ratio_but_no_interval(results: Path, missing: str) -> None:
     row_file(results, missing, "sequences").unlink()
@@ -125,7 +140,7 @@ def test_without_sequences_there_is_a_ratio_but_no_interval(results: Path, missi
     if missing == "middle":
         assert "(table sequences): fvu_ratio without intervals" in rank_text(ranked(results))
     else:
-        assert f"fvu_ratio without interval: {missing}; sums per held-out sequence" in rank_text(ranked(results))
+        assert f"no interval of fvu_ratio for {missing}: sums per held-out sequence" in rank_text(ranked(results))
 
 
 @pytest.mark.parametrize("change", ["fewer", "others", "longer"])
@@ -141,7 +156,7 @@ def test_other_sequences_are_not_paired(results: Path, change: str) -> None:
     rows = {row["cell_id"]: row for row in ranked(results).rows}
     assert rows["odd"]["fvu_ratio"] == pytest.approx(rows["sparse"]["fvu_ratio"])
     assert rows["odd"]["fvu_verdict"] is None
-    assert "fvu_ratio without interval: odd; sums per held-out sequence" in rank_text(ranked(results))
+    assert "no interval of fvu_ratio for odd: sums per held-out sequence" in rank_text(ranked(results))
 
 
 def test_another_metric_orders_by_itself_and_still_places(results: Path) -> None:

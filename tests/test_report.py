@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make import row_file, write_cell
 from safetensors.numpy import save_file
+from test_analysis_place import BASELINES, CELLS, write
 from typer.testing import CliRunner, Result
 
 from analysis.__main__ import app
@@ -84,7 +85,9 @@ def test_the_page_holds_no_foreign_markup_and_no_address(results: Path):
     html, _ = report(results, Request())
     assert EVIL not in html
     assert EVIL in payload(html)["commands"][0]
-    assert "gemma-scope &lt;16k&gt;" not in re.sub(r"<script.*", "", html, flags=re.DOTALL)
+    visible = re.sub(r"<script.*", "", html, flags=re.DOTALL)
+    assert "gemma-scope &lt;16k&gt;" in visible
+    assert "gemma-scope <16k>" not in visible
     assert not re.findall(r'(?:src|href)\s*=\s*"(?!#|data:)[^"]*"', html.partition('id="payload"')[0])
 
 
@@ -103,6 +106,28 @@ def test_the_front_of_baselines_stands_apart_from_that_of_cells(results: Path):
     assert ("baseline, same held-out rows", "gemma-scope <16k>", True) in points
     assert ("cell", "dict_size=128 top_k=8", True) in points
     assert ("cell", "dict_size=64 top_k=8", False) in points
+
+
+def test_the_page_says_whether_the_best_is_better_than_the_baselines(tmp_path: Path):
+    for i, (name, (l0, fvu)) in enumerate(BASELINES.items()):
+        remarks = "measured L0 8, its authors' is 400" if name == "low" else None
+        write(tmp_path, name, l0, fvu, i, kind="baseline", baseline=f"layer_1/{name}", remarks=remarks)
+    write(tmp_path, "best", *CELLS["sparse"], seed=9)
+    html = report(tmp_path, Request())[0].replace("&#39;", "'")
+    interval = r"\(95%: 0\.8\d\d to 0\.9\d\d, 30 held-out sequences\)"
+    assert re.search(rf"At equal L0 its FVU is 0\.884 times the baselines' {interval}: better\.", html)
+    assert "Baseline layer_1/low: measured L0 8, its authors' is 400." in html
+    table = html.partition('<table class="numbers cells">')[2].partition("</table>")[0]
+    assert re.findall(r'<td data-value="(layer_1/\w+|best)">', table) == [
+        "best",
+        *(f"layer_1/{name}" for name in BASELINES),
+    ]
+    assert ">0.8839<" in table
+    assert ">better<" in table
+    write(tmp_path, "best2", *CELLS["dominant"], seed=10, options={"lr": 1e-4})
+    html = report(tmp_path, Request(where="cell_id != 'best'"))[0].replace("&#39;", "'")
+    known = "it is sparser than all of them and better than the sparsest"
+    assert f"The baselines' FVU was measured at L0 8.0 to 128.0: {known}." in html
 
 
 def test_an_empty_folder_says_what_to_run(tmp_path: Path):

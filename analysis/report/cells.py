@@ -10,7 +10,18 @@ from analysis.rows import ALWAYS, HISTORY, OPTIONS, Row, compact
 from sweep.config import SLICES, Cell
 from sweep.results import METRICS
 
-__all__ = ["HEADINGS", "Field", "configs", "field", "label", "named_by", "rounded", "table_columns", "table_row"]
+__all__ = [
+    "HEADINGS",
+    "PLACED",
+    "Field",
+    "configs",
+    "field",
+    "label",
+    "named_by",
+    "rounded",
+    "table_columns",
+    "table_row",
+]
 
 HEADINGS = {
     "l0": "L0",
@@ -20,6 +31,12 @@ HEADINGS = {
     "absorption_score": "redundancy",
 }
 """Metrics with a column, and its heading."""
+
+PLACED = {
+    "fvu_ratio": ("FVU_ratio", "FVU over the baselines' at the same L0, of the mean over seeds; below 1 is better"),
+    "fvu_verdict": ("verdict", "against the baselines at the same L0, by 95% intervals over held-out sequences"),
+}
+"""Columns of a group with measured baselines: heading and explanation."""
 
 DOCS = {column.name: column.doc for column in METRICS}
 
@@ -47,20 +64,25 @@ def label(row: Row, names: Sequence[str]) -> str:
     return " ".join(f"{name}={compact(row[name])}" for name in names)
 
 
-def table_columns(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Name, heading and explanation of each column that can be sorted by, but for the cell's id."""
+def table_columns(names: Sequence[str], placed: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Name, heading and explanation of each column that can be sorted by, but for the cell's id.
+
+    Args:
+        placed: of PLACED.
+    """
     options = [(name, name, "") for name in dict.fromkeys((*ALWAYS, *names))]
     metrics = [(name, heading, DOCS[name]) for name, heading in HEADINGS.items()]
-    return [*options, ("seed", "seed", ""), *metrics]
+    return [*options, ("seed", "seed", ""), *((name, *PLACED[name]) for name in placed), *metrics]
 
 
-def table_row(row: Row, names: Sequence[str]) -> list[Field]:
+def table_row(row: Row, names: Sequence[str], placed: Sequence[str] = ()) -> list[Field]:
     """The fields of `table_columns` for a run."""
     options: Mapping[str, Any] = {} if row["kind"] == "baseline" else row
     wanted = [*dict.fromkeys((*ALWAYS, *names)), "seed"]
     width = {"dict_size": row["dict_size"]}
     return [
         *(field(name, {**width, **options}.get(name)) for name in wanted),
+        *(field(name, row.get(name)) for name in placed),
         *(field(name, row[name]) for name in HEADINGS),
     ]
 

@@ -51,6 +51,7 @@ def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
         yield "The only run of this group."
     else:
         yield f"It has the lowest {_order(group, best, cells)} of {runs}."
+    yield from _against_baselines(group, best)
     if ties := [row for row in cells if row["tie"]]:
         shown = "; ".join(_difference(row, best, names) for row in ties[:3])
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
@@ -61,6 +62,30 @@ def sentences(group: Group, names: Sequence[str]) -> Iterator[str]:
         yield f"More active latents explain more. The best with fewer: {'; '.join(parts)}."
     for note in group.notes:
         yield note[0].upper() + note[1:] + "."
+
+
+def _against_baselines(group: Group, best: Row) -> Iterator[str]:
+    """Whether the best is better than what others published, by each measure; and what looks wrong about theirs."""
+    outside = {
+        "dominates": "it is sparser than all of them and better than the sparsest",
+        "dominated": "it has more active latents than all of them and is worse than the densest",
+        "not comparable": "nothing follows at equal L0",
+    }
+    for standing in group.standings:
+        name, words = standing.measure.name, standing.measure.words
+        ratio, low, high, verdict = (best[f"{name}_{end}"] for end in ("ratio", "ratio_low", "ratio_high", "verdict"))
+        if best[f"{name}_extrapolated"]:
+            reach = " to ".join(dict.fromkeys(f"{l0:.1f}" for l0 in standing.l0_range))
+            known = outside.get(verdict or "not comparable")
+            yield f"The baselines' {words} was measured at L0 {reach}: {known}."
+        elif ratio is not None:
+            interval = (
+                "" if low is None else f" (95%: {low:.3f} to {high:.3f}, {standing.n_sequences} held-out sequences)"
+            )
+            yield f"At equal L0 its {words} is {ratio:.3f} times the baselines'{interval}: {verdict or 'no verdict'}."
+    for row in group.measured:
+        if row["remarks"]:
+            yield f"Baseline {row['baseline']}: {row['remarks']}."
 
 
 def _order(group: Group, best: Row, cells: list[Row]) -> str:

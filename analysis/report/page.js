@@ -158,13 +158,14 @@ chooser?.addEventListener("change", () => {
 // Table
 const MANY = 200;
 
-function detail(place, cell) {
+function detail(place, cell, baseline) {
   const { same, cells } = payload.places[place].config;
   const list = (options) => element("dl", {}, ...Object.entries(options).map(([name, value]) =>
     element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
   const parts = [];
   const commands = payload.places[place].commands[cell].map((i) => payload.commands[i]);
-  parts.push(element("h3", { textContent: commands.length ? "Made by" : "No sweep in this folder names this cell" }));
+  const unmade = baseline ? "Somebody else's transcoder, on the same held-out rows" : "No sweep in this folder names this cell";
+  parts.push(element("h3", { textContent: commands.length ? "Made by" : unmade }));
   commands.forEach((command) => parts.push(element("pre", {}, element("code", { textContent: command }))));
   if (Object.keys(cells[cell]).length) parts.push(element("h3", { textContent: "Its own" }), list(cells[cell]));
   parts.push(element("h3", { textContent: "Shared by all runs here" }), list(same));
@@ -177,7 +178,7 @@ function toggle(button) {
   button.setAttribute("aria-expanded", String(open));
   if (!open) return row.nextElementSibling.remove();
   const place = Number(row.closest(".place").dataset.place);
-  const cell = element("td", { colSpan: row.children.length }, detail(place, row.dataset.cell));
+  const cell = element("td", { colSpan: row.children.length }, detail(place, row.dataset.cell, row.classList.contains("baseline")));
   row.after(element("tr", { className: "detail" }, cell));
 }
 

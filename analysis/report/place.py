@@ -12,7 +12,18 @@ from analysis.effects import Effect, Effects
 from analysis.effects_table import SHOWN
 from analysis.rank import Group, pareto_front
 from analysis.report import headline
-from analysis.report.cells import HEADINGS, Field, configs, field, label, named_by, rounded, table_columns, table_row
+from analysis.report.cells import (
+    HEADINGS,
+    PLACED,
+    Field,
+    configs,
+    field,
+    label,
+    named_by,
+    rounded,
+    table_columns,
+    table_row,
+)
 from analysis.report.charts import CELL, MEASURED, PUBLISHED
 from analysis.report.curves import thinned
 from analysis.report.histograms import cosines, densities
@@ -42,8 +53,8 @@ class Place:
     sentences: list[str]
     left_out: list[tuple[str, str]]
     columns: list[tuple[str, str, str]]
-    rows: list[tuple[Field, str, str, list[Field]]]
-    """Rank, id, kind, and the fields of `columns`, of each run."""
+    rows: list[tuple[Field, str, str | None, list[Field]]]
+    """Rank, id, name where it is a baseline, and the fields of `columns`, of each run."""
     options: list[str]
     """Options a chart can be coloured or divided by."""
     metrics: list[str]
@@ -90,9 +101,12 @@ def make_place(
         latents: theirs, likewise.
     """
     names = named_by(group)
-    ranks = {cell_id: row["rank"] for row in group.rows for cell_id in row["cell_ids"]}
-    ordered = sorted(runs, key=lambda row: (number(ranks.get(row["cell_id"])), row["cell_id"]))
-    ranked: list[Row] = [{**row, "rank": ranks.get(row["cell_id"])} for row in ordered]
+    placed = PLACED if any(standing.measure.name == "fvu" for standing in group.standings) else {}
+    of_cell = {
+        cell_id: {name: row[name] for name in ("rank", *placed)} for row in group.rows for cell_id in row["cell_ids"]
+    }
+    ranked: list[Row] = [{**row, "rank": None, **of_cell.get(row["cell_id"], {})} for row in runs]
+    ranked.sort(key=lambda row: (number(row["rank"]), number(row["l0"]) if row["baseline"] else 0.0, row["cell_id"]))
     cells = [row for row in ranked if row["kind"] != "baseline"]
     lines, thinning = thinned(curves)
     options = [name for name in names if len({compact(row[name]) for row in cells}) > 1]
@@ -106,9 +120,10 @@ def make_place(
         facts=headline.facts(group),
         sentences=list(headline.sentences(group, names)),
         left_out=group.left_out,
-        columns=table_columns(names),
+        columns=table_columns(names, list(placed)),
         rows=[
-            (field("rank", row["rank"]), row["cell_id"], row["kind"] or CELL, table_row(row, names)) for row in ranked
+            (field("rank", row["rank"]), row["cell_id"], row["baseline"], table_row(row, names, list(placed)))
+            for row in ranked
         ],
         options=options,
         metrics=[name for name in NUMBERS if any(math.isfinite(number(row[name])) for row in cells)],
