@@ -127,7 +127,7 @@ def test_the_page_says_whether_the_best_is_better_than_the_baselines(tmp_path: P
     write(tmp_path, "best2", *CELLS["dominant"], seed=10, options={"lr": 1e-4})
     html = report(tmp_path, Request(where="cell_id != 'best'"))[0].replace("&#39;", "'")
     known = "it is sparser than all of them and better than the sparsest"
-    assert f"The baselines' FVU was measured at L0 8.0 to 128.0: {known}." in html
+    assert f"The baselines' FVU was measured at other L0s (8.0 to 128.0): {known}." in html
 
 
 def test_an_empty_folder_says_what_to_run(tmp_path: Path):

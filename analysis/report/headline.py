@@ -69,7 +69,7 @@ def _against_baselines(group: Group, best: Row) -> Iterator[str]:
     outside = {
         "dominates": "it is sparser than all of them and better than the sparsest",
         "dominated": "it has more active latents than all of them and is worse than the densest",
-        "not comparable": "nothing follows at equal L0",
+        "not comparable": "no verdict",
     }
     for standing in group.standings:
         name, words = standing.measure.name, standing.measure.words
@@ -77,7 +77,7 @@ def _against_baselines(group: Group, best: Row) -> Iterator[str]:
         if best[f"{name}_extrapolated"]:
             reach = " to ".join(dict.fromkeys(f"{l0:.1f}" for l0 in standing.l0_range))
             known = outside.get(verdict or "not comparable")
-            yield f"The baselines' {words} was measured at L0 {reach}: {known}."
+            yield f"The baselines' {words} was measured at other L0s ({reach}): {known}."
         elif ratio is not None:
             interval = (
                 "" if low is None else f" (95%: {low:.3f} to {high:.3f}, {standing.n_sequences} held-out sequences)"
