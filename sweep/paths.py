@@ -290,8 +290,8 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
         sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+def write_json(path: Path, value: Any, *, durable: bool = True, indent: int | None = 2) -> None:
+    text = json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n"
     write_atomic(path, text.encode(), durable=durable)
 
 

@@ -4,6 +4,7 @@
     python -m tests.faults preempt --cells 8 --times 8
     python -m tests.faults operations
     python -m tests.faults launchers --n 4 --cells 100
+    python -m tests.faults cells --n 100
 
 Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
 """
@@ -17,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +56,7 @@ TRAINING = (
     "checkpoint_steps=5",
 )
 SEEDS = (0, 1, 2)
+BROKEN = Path(__file__).parent / "broken"
 GANGS = (SEEDS, (1,), (2, 0))
 """The whole grid first; the others are gangs of some of its cells."""
 
@@ -67,7 +68,8 @@ class Bench:
     root: Path
     sweeper: Sweeper
     reference: ResultsFolder
-    seconds: float
+    life: float
+    """Seconds of the processor that it took."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -100,10 +102,9 @@ def bench(root: Path | None = None) -> Iterator[Bench]:
     root = root or Path(tempfile.mkdtemp(prefix="faults."))
     write_text(root / "text.txt")
     sweeper = Sweeper()
-    start = time.monotonic()
     ended = run_command(sweeper, root, root / "reference", SEEDS)
     assert ended.code == 0, ended.printed
-    yield Bench(root, sweeper, ResultsFolder(root / "reference"), time.monotonic() - start)
+    yield Bench(root, sweeper, ResultsFolder(root / "reference"), ended.processor)
     shutil.rmtree(root)
 
 
@@ -142,7 +143,7 @@ def main() -> None:
 def kill(n: int = 200, seed: int = 0) -> None:
     """SIGKILL at random moments of the whole life of a sweep; the same command, or one of other gangs, until done."""
     with bench() as each:
-        typer.echo(f"unbroken: {len(each.cells)} cells in {each.seconds:.1f} s")
+        typer.echo(f"unbroken: {len(each.cells)} cells in {each.life:.1f} s of the processor")
         places = kill_at_random(each, n, seed)
         typer.echo(f"{n} kills, all cells byte-identical; killed in: {places.most_common()}")
 
@@ -151,7 +152,7 @@ def kill_at_random(each: Bench, n: int, seed: int, *, command: bool = True) -> "
     """Where the kills hit. Every sweep is killed until it has survived, then held against the reference."""
     draw = random.Random(seed)
     places: Counter[str] = Counter()
-    life = each.seconds if command else each.run(each.root / "life", command=False).seconds
+    life = each.life if command else each.run(each.root / "life", command=False).processor
     sweep = 0
     while places.total() < n:
         sweep += 1
@@ -159,7 +160,7 @@ def kill_at_random(each: Bench, n: int, seed: int, *, command: bool = True) -> "
         while True:
             grid = draw.choice(GANGS) if places.total() < n else SEEDS
             after = draw.uniform(0, life) if places.total() < n else None
-            ended = each.run(folder, grid, command=command, kill_after=after)
+            ended = each.run(folder, grid, command=command, kill_after=after, clock="processor")
             assert ended.code in (0, -9), ended.printed
             n_done = check_visible(folder, each.reference)
             if ended.code == -9:
@@ -176,7 +177,9 @@ def preempt(cells: int = 8, times: int = 8, steps: int = 1500, seed: int = 0) ->
     """SIGTERM at random moments of a sweep, and the same command again each time, as a scheduler would."""
     root = Path(tempfile.mkdtemp(prefix="faults."))
     took = preempt_at_random(root, Sweeper(), cells, times, steps, seed)
-    typer.echo(f"{cells} cells preempted {times} times, all byte-identical; without the start-ups this took")
+    typer.echo(
+        f"{cells} cells preempted {times} times, all byte-identical; steps {took.steps}, alone {took.alone_steps}"
+    )
     for clock, (alone, preempted, start_ups) in {"wall": took.wall, "processor": took.processor}.items():
         ratio = (preempted - start_ups) / alone
         typer.echo(f"  {ratio:.2f}x: {preempted:.1f} s less {start_ups:.1f} s, alone {alone:.1f} s ({clock} time)")
@@ -186,14 +189,16 @@ def preempt(cells: int = 8, times: int = 8, steps: int = 1500, seed: int = 0) ->
 @dataclass
 class Took:
     """Seconds of a sweep left alone, of the same one with its preemptions, and of those from each new start to its
-    first step. A busy machine changes those of its clock, and hardly those of the processor."""
+    first step. A busy machine changes those of its clock, and those of the processor less; it changes no steps."""
 
     wall: tuple[float, float, float]
     processor: tuple[float, float, float]
+    alone_steps: int
+    steps: int
 
 
 def preempt_at_random(root: Path, sweeper: Sweeper, n_cells: int, times: int, steps: int, seed: int) -> Took:
-    """Each start is preempted some time into its share of the work; the last one is left alone."""
+    """Each start is preempted some time into its share of the steps; the last one is left alone."""
     draw = random.Random(seed)
     write_text(root / "text.txt")
     seeds = ",".join(map(str, range(n_cells)))
@@ -203,26 +208,35 @@ def preempt_at_random(root: Path, sweeper: Sweeper, n_cells: int, times: int, st
         training = [option for option in TRAINING if not option.startswith(("steps=", "checkpoint_steps="))]
         length = (f"steps={steps}", "checkpoint_steps=100", "keep_checkpoints=true", f"seed={seeds}")
         arguments = ["-m", "hydra/launcher=inline", *STREAM, *training, *length, *where]
-        return sweeper(partial(sweep_command, arguments), root / f"{name}.printed", **how)
+        ended = sweeper(partial(sweep_command, arguments), root / f"{name}.printed", timeout=3600, **how)
+        assert ended.code == (130 if how else 0), ended.printed
+        return ended
 
-    run("first")  # fills the cache, so that both of the following find it
-    alone = run("alone")
-    assert alone.code == 0, alone.printed
-    share = (alone.seconds - alone.start_up) / (times + 1)
-    starts: list[Ended] = []
-    for _ in range(times):
-        ended = run("preempted", kill_after=alone.start_up + draw.uniform(0.1, 1) * share, by=signal.SIGTERM)
-        # the signal may come before anything was begun, or after the last cell where this start was the quicker one
-        assert ended.code in (130, -signal.SIGTERM, 0), ended.printed
-        starts.append(ended)
+    first = run("alone")  # fills the cache, so its start-up is longer than that of the others
+    share = n_cells * steps / (times + 1)
+    starts = [
+        run("preempted", kill_after=draw.uniform(0.1, 1) * share, by=signal.SIGTERM, clock="steps")
+        for _ in range(times)
+    ]
     starts.append(run("preempted"))
-    assert starts[-1].code == 0, starts[-1].printed
-    reference, results = ResultsFolder(root / "alone"), ResultsFolder(root / "preempted")
+    last = run("again")
+    reference = ResultsFolder(root / "alone")
     for cell in cells_of(reference):
-        same_bytes(reference, results, cell)
+        same_bytes(reference, ResultsFolder(root / "preempted"), cell)
     return Took(
-        (alone.seconds, sum(each.seconds for each in starts), sum(each.start_up for each in starts[1:])),
-        (alone.processor, sum(each.processor for each in starts), sum(each.processor_start_up for each in starts[1:])),
+        (
+            (first.seconds - first.start_up + last.seconds - last.start_up) / 2 + last.start_up,
+            sum(each.seconds for each in starts),
+            sum(each.start_up for each in starts[1:]),
+        ),
+        (
+            (first.processor - first.processor_start_up + last.processor - last.processor_start_up) / 2
+            + last.processor_start_up,
+            sum(each.processor for each in starts),
+            sum(each.processor_start_up for each in starts[1:]),
+        ),
+        first.n_steps,
+        sum(each.n_steps for each in starts),
     )
 
 
@@ -277,10 +291,14 @@ def share_a_folder(
 
 def set_clock(days: int) -> None:
     """Of this process and all that it starts."""
-    os.environ["CLOCK"] = str(days)
-    broken = str(Path(__file__).parent / "broken")
-    os.environ["PYTHONPATH"] = os.pathsep.join([broken, os.environ["PYTHONPATH"]])
-    runpy.run_path(f"{broken}/sitecustomize.py")
+    break_in(CLOCK=str(days))
+    runpy.run_path(str(BROKEN / "sitecustomize.py"))
+
+
+def break_in(**variables: str) -> None:
+    """Let all that this process starts find tests/broken, with these variables of the environment."""
+    os.environ |= variables
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(BROKEN), os.environ["PYTHONPATH"]])
 
 
 def last_table(printed: str) -> str:
@@ -288,6 +306,71 @@ def last_table(printed: str) -> str:
     lines = printed.splitlines()
     head = max(number for number, line in enumerate(lines) if line.startswith("cell ") and " fvu " in line)
     return "\n".join(line for line in lines[head:] if not line.startswith("ranked"))
+
+
+WAYS = {
+    "error": ("failed", "failed: broken on purpose"),
+    "memory": ("out_of_memory", "out of memory: "),
+    "crash": ("crashed", "crashed: by signal 11 (SIGSEGV)"),
+    "exit": ("crashed", "crashed: exited with code 3"),
+    "hang": ("hung", "hung: no sign of life for hang_minutes"),
+    "nan": ("diverged", "diverged: the loss of step "),
+}
+"""How a step of a cell may break (tests/broken), and what its status and the last table say of it then."""
+
+
+@app.command()
+def cells(n: int = 100, steps: int = 12, hang_minutes: float = 1.0) -> None:
+    """One cell of so many breaks, in each way in turn: the others do not notice, and it is well once it is mended."""
+    root = Path(tempfile.mkdtemp(prefix="faults."))
+    for way, told in break_one_cell(root, Sweeper(), n, steps, hang_minutes):
+        typer.echo(f"{way}: {n - 1} of {n} cells byte-identical, then all with retry=failed; told: {told}")
+    shutil.rmtree(root)
+
+
+def break_one_cell(
+    root: Path, sweeper: Sweeper, n_cells: int, steps: int, hang_minutes: float
+) -> Iterator[tuple[str, str]]:
+    """Each way of WAYS, and what the last table says of the cell that broke."""
+    write_text(root / "text.txt")
+    rates = [f"{100 + number}e-5" for number in range(n_cells)]
+    training = [option for option in TRAINING if not option.startswith("steps=")]
+
+    def run(name: str, launcher: str, *more: str, **how: Any) -> Ended:
+        where = (f"dataset_path={root / 'text.txt'}", f"results_dir={root / name}", f"cache_dir={root / 'cache'}")
+        grid = (f"lr={','.join(rates)}", f"steps={steps}", "keep_checkpoints=true", f"hydra/launcher={launcher}")
+        work = partial(sweep_command, ["-m", *STREAM, *training, *grid, *where, *more])
+        return sweeper(work, root / f"{name}.printed", timeout=3600, **how)
+
+    alone = run("alone", "inline")
+    assert alone.code == 0, alone.printed
+    reference = ResultsFolder(root / "alone")
+    for way, (state, words) in WAYS.items():
+        hang = f"hang_minutes={hang_minutes if way == 'hang' else 0}"
+        fault = partial(break_in, BREAK=f"{way}@{rates[n_cells // 2]}@{steps // 2}")
+        ended = run(way, "local", "hydra.launcher.slots=1", hang, before=fault)
+        assert ended.code == 1, ended.printed
+        results = ResultsFolder(root / way)
+        for cell in cells_of(reference):
+            if cell.schedule.lr != float(rates[n_cells // 2]):
+                same_bytes(reference, results, cell)
+                continue
+            assert read_status(results.cell(cell.cell_id)).state == state
+            assert results.row("runs", cell.cell_id).exists() == (state == "diverged")
+            told = next(line for line in ended.printed.splitlines() if line.startswith(f"1 cell ({cell.cell_id})"))
+            asked = sweeper(partial(status_command, results.root), root / f"{way}.status")
+            assert words in told and words in asked.printed, (told, asked.printed)
+        again = run(way, "local", "retry=failed")
+        assert again.code == 0, again.printed
+        for cell in cells_of(reference):
+            same_bytes(reference, results, cell)
+        yield way, told
+
+
+def status_command(results: Path) -> None:
+    """`python -m sweep status <results>`; ends in SystemExit."""
+    sys.argv = ["sweep", "status", str(results)]
+    runpy.run_module("sweep", run_name="__main__")
 
 
 @app.command()

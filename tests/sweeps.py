@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import psutil
 
 __all__ = ["PLACES", "Ended", "Sweeper", "sweep_command"]
 
@@ -37,13 +39,15 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 """The parts of a run's life, and the functions that are them. Inner ones win: a rename in a save counts as a rename."""
 
+STEP = list(PLACES).index("step")
+
 
 @dataclass
 class Ended:
     """How a run ended: its exit code, negative for a signal, where it was, what it printed, and after how many of its
-    seconds it took a step.
+    seconds it took its first step.
 
-    The same in seconds of the processor, which a busy machine changes little; 0 where a signal ended it.
+    The same in seconds of the processor, which a busy machine changes little; and how many steps its cells took in all.
     """
 
     code: int
@@ -53,6 +57,7 @@ class Ended:
     start_up: float
     processor: float
     processor_start_up: float
+    n_steps: int
 
 
 class Sweeper:
@@ -74,21 +79,30 @@ class Sweeper:
         before: Callable[[], None] | None = None,
         timeout: float = 300,
         by: int = signal.SIGKILL,
+        clock: Literal["wall", "processor", "steps"] = "wall",
     ) -> Ended:
         """Do the work; kill it after so many seconds, or send it another signal and wait for its end; `before` is
-        called first, in its process."""
+        called first, in its process.
+
+        On a busy machine seconds of the processor, and steps, hit the same parts of a run's life as on an idle one.
+        """
         place: Synchronized[int] = self._context.Value("b", -1)
         ready = self._context.Event()
-        processor = self._context.Array("d", 2)
+        processor = self._context.Array("d", 3)
         process = self._context.Process(target=child, args=(work, printed, before, place, ready, processor))
         process.start()
         ready.wait(timeout)
-        start = time.monotonic()
-        first_step = 0.0
-        while process.is_alive() and time.monotonic() - start < (timeout if kill_after is None else kill_after):
+        start, seconds, used, first_step = time.monotonic(), 0.0, 0.0, 0.0
+        while process.is_alive() and seconds < timeout:
+            passed = {"wall": seconds, "processor": used, "steps": processor[2]}[clock]
+            if kill_after is not None and passed >= kill_after:
+                break
             process.join(0.01)
-            if not first_step and place.value == 0:
-                first_step = time.monotonic() - start
+            seconds = time.monotonic() - start
+            with contextlib.suppress(psutil.Error):
+                used = max(used, sum(psutil.Process(process.pid).cpu_times()[:2]))
+            if not first_step and place.value == STEP:
+                first_step = seconds
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, by)
             process.join(timeout)
@@ -102,8 +116,9 @@ class Sweeper:
             seconds,
             text,
             first_step or seconds,
-            processor[0],
-            processor[1] or processor[0],
+            processor[0] or used,
+            processor[1] or processor[0] or used,
+            int(processor[2]),
         )
 
 
@@ -115,7 +130,8 @@ def child(
     ready: Any,
     processor: Any,
 ) -> None:
-    """What the forked process does. In `processor` it leaves its seconds at the end, and those at its first step."""
+    """What the forked process does. In `processor` it leaves its seconds at the end, those at its first step, and how
+    many steps it took."""
     with printed.open("a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -157,8 +173,9 @@ def resolve(name: str) -> Any:
 def marked(function: Callable[..., Any], number: int, place: Any, processor: Any) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         before, place.value = place.value, number
-        if list(PLACES)[number] == "step" and not processor[1]:
-            processor[1] = time.process_time()
+        if number == STEP:
+            processor[1] = processor[1] or time.process_time()
+            processor[2] += 1
         try:
             return function(*arguments, **options)
         finally:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 from disk import FAULTS
-from faults import Bench, bench, check_visible, kill_at_random, preempt_at_random, share_a_folder, small_gang
+from faults import (
+    WAYS,
+    Bench,
+    bench,
+    break_one_cell,
+    check_visible,
+    kill_at_random,
+    preempt_at_random,
+    share_a_folder,
+    small_gang,
+)
 
 from sweep.paths import CacheFolder
 
@@ -25,8 +35,9 @@ def test_sweeps_killed_at_random_moments_end_in_the_same_bytes(each: Bench) -> N
 
 
 def test_a_sweep_preempted_at_random_moments_ends_in_the_same_bytes(each: Bench, tmp_path: Path) -> None:
-    """The comparison is in the function: it stops at the first byte that differs."""
-    preempt_at_random(tmp_path, each.sweeper, n_cells=2, times=2, steps=300, seed=3)
+    """The comparison is in the function: it stops at the first byte that differs. No step is taken twice."""
+    took = preempt_at_random(tmp_path, each.sweeper, n_cells=2, times=2, steps=300, seed=3)
+    assert took.steps == took.alone_steps == 600
 
 
 @pytest.mark.parametrize("n_kills", [0, 1])
@@ -34,6 +45,13 @@ def test_launchers_share_a_folder(n_kills: int, each: Bench, tmp_path: Path) -> 
     """Two, with clocks a day apart; each is killed so many times. The comparisons are in the function."""
     starts = share_a_folder(tmp_path, each.sweeper, 2, 3, n_kills, steps=60, seed=4, backend="inline")
     assert n_kills or starts == {1: 3}
+
+
+@pytest.mark.slow
+def test_a_cell_that_breaks_in_any_way_costs_the_others_nothing(each: Bench, tmp_path: Path) -> None:
+    """The comparisons are in the function."""
+    told = dict(break_one_cell(tmp_path, each.sweeper, n_cells=10, steps=12, hang_minutes=1))
+    assert told.keys() == WAYS.keys()
 
 
 def test_gangs_with_a_broken_operation_end_in_the_same_bytes(ram: Path, cache: CacheFolder) -> None:

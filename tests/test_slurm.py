@@ -7,11 +7,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 from cluster import Cluster, start_cluster
+from faults import last_table
 from gangs import same_bytes
 from test_cli import ROOT, run
 from test_local import broken
@@ -19,7 +21,6 @@ from test_local import broken
 from sweep.attempt import newest
 from sweep.config import cell_from_json
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder
-from sweep.results import read_row
 from sweep.status import Status, read_status
 
 pytestmark = pytest.mark.slurm
@@ -154,14 +155,16 @@ def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
 
 
 def test_a_failing_cell_leaves_the_others_and_is_told(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=60", "lr=1e-3,1e30")
+    """One raises an exception, the loss of another stops being a number."""
+    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=60", "lr=1e-3,2e-3,1e30")
+    sweep.environment = broken("error@2e-3@5") | cluster.environment
     done = sweep.run()
-    assert done.returncode == 1
-    assert "diverged" in done.stderr
-    assert {read_row(row)["status"] for row in tmp_path.glob("runs/*")} == {"done", "diverged"}
-    asked = sweep.ask("status")
-    assert "diverged" in asked.stdout
-    assert sweep.ask("collect").returncode == 1
+    asked, collected = sweep.ask("status"), sweep.ask("collect")
+    assert (done.returncode, asked.returncode, collected.returncode) == (1, 0, 1)
+    for told in (done, asked, collected):
+        assert "failed: broken on purpose" in told.stderr
+        assert "diverged: the " in told.stderr
+    assert sorted(status.state for status in sweep.statuses) == ["diverged", "done", "failed"]
 
 
 def test_a_cell_short_of_memory_is_given_more(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
@@ -369,19 +372,24 @@ def test_a_job_that_slurm_forgot_and_that_works_on_is_waited_for(
 def test_a_launcher_that_dies_is_not_missed(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
-    """The same command again re-attaches, and so does `watch`; nothing is submitted twice."""
+    """`status` and `watch` need none; the same command again re-attaches. Nothing is submitted twice."""
     sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", "hydra.launcher.jobs=2")
     launcher = sweep.start()
     sweep.wait_for_training()
     launcher.kill()
     launcher.communicate()
     jobs = set(cluster.states())
-    output = sweep.finish()
+    asked = sweep.ask("status").stdout
+    assert asked.count("it prints to") == 2
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(sweep.ask, "watch")
+        output = sweep.finish()
     assert "3 cells: 3 running; nothing to run" in output
     assert "submitted" not in output
+    assert watched.result().returncode == 0
+    assert last_table(watched.result().stdout) == last_table(output)
     assert set(cluster.states()) <= jobs  # Slurm forgets old ones
     sweep.same_as(unbroken)
-    assert sweep.ask("watch").returncode == 0
     assert {status.attempts for status in sweep.statuses} == {1}
 
 

@@ -88,7 +88,10 @@ def broken(step):
         for fault in os.environ["BREAK"].split(","):
             name, lr, at, *once = fault.split("@")
             if float(lr) == schedule.lr and int(at) == state.step and due(once):
-                FAULTS[name]()
+                if name == "nan":
+                    source = source * float("nan")  # a copy: the others of the gang read the same batch
+                else:
+                    FAULTS[name]()
         return step(state, source, target, capacity, schedule, revival)
 
     return train_step_
