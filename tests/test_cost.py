@@ -1,5 +1,6 @@
 """What a plan says a sweep costs: held against what was measured, and against what a job then does."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,10 +155,38 @@ def test_baselines_count_with_their_evaluation_memory_and_pass(tmp_path: Path) -
     alone, both = gang_cost([cell], EMPTY), gang_cost([cell], replace(EMPTY, beside=beside))
     assert both.evaluation_flops > alone.evaluation_flops
     assert both.memory_bytes >= alone.memory_bytes + 2 * 4 * 48 * 64
-    n_heldout = (both.language_model_tokens - alone.language_model_tokens) / cell.data.seq_len
-    assert n_heldout == -(-cell.data.n_heldout_tokens // (cell.data.seq_len - 1))
+    assert both.language_model_tokens == alone.language_model_tokens  # they share the pass over the held-out rows
     elsewhere = gang_cost([make_cell(layer=2)], replace(EMPTY, beside=beside))
     assert elsewhere == gang_cost([make_cell(layer=2)], EMPTY)
+
+
+def test_baselines_share_the_pass_of_the_cells_and_cost_one_where_that_is_cached(
+    tmp_path: Path, cache: CacheFolder
+) -> None:
+    cell, own = make_cell(steps=2), CacheFolder(tmp_path / "cache")
+    (own.root / "models").mkdir(parents=True)
+    for path in (cache.root / "models").glob("tiny-1*"):
+        (own.root / "models" / path.name).symlink_to(path)
+    for l0 in (4, 8, 16):
+        write_first(tmp_path / "google", random_arrays(32, 48, 32, seed=l0), l0=l0)
+    asked = make_workflow(tmp_path / "out", own, baselines="gemma_scope", baselines_dir=str(tmp_path / "google"))
+
+    def planned_and_seen(part: str) -> tuple[int, set[int]]:
+        workflow = replace(asked, baselines_l0=part, results_dir=str(tmp_path / part))
+        setting = Setting(Cached.look(own), CPU, 1.0, beside=tuple(baselines_of(workflow, [cell])))
+        cost = gang_cost([cell], setting)
+        results = run_cells([cell], workflow)
+        rows = pl.read_parquet(sorted(results.table("runs").glob("*.parquet")))
+        assert set(rows["kind"]) == {"cell", "baseline"}
+        return cost.language_model_tokens, set(rows["n_language_model_tokens"])
+
+    once = gang_cost([cell], Setting(Cached.look(own), CPU, 1.0)).language_model_tokens
+    assert planned_and_seen("4") == (once, {once})
+    assert planned_and_seen("8") == (0, {0})
+    for site in (path for path in own.root.glob("activations/*/*") if not [*path.glob("train*")]):
+        shutil.rmtree(site)
+    heldout = -(-cell.data.n_heldout_tokens // (cell.data.seq_len - 1)) * cell.data.seq_len
+    assert planned_and_seen("16") == (heldout, {heldout})
 
 
 def test_jobs_take_slots_in_turn() -> None:

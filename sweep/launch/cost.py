@@ -7,7 +7,7 @@ by half.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sweep.cached import Cached, Processor
@@ -115,9 +115,8 @@ def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
     beside = [one for one in setting.beside if one.site.layer in {site.layer for site in sites}]
     kept_bytes = sum(rows.values()) * row_bytes(model, data) * len(sites)
     keeps = kept_bytes <= setting.cache_gib * 2**30
-    harvested, cached = reads(gang, setting, keeps=keeps)
     others = {one.site for one in beside} - set(sites)
-    harvested += rows["heldout"] * data.seq_len if others else 0
+    harvested, cached = reads(gang, setting, others, keeps=keeps)
     depth = (max(site.deepest_layer for site in sites) + 1) / model.n_layers
     has_model = setting.cached.has_model(model)
     to_convert = model.model_format == "package" and not has_model
@@ -147,8 +146,11 @@ def trained(cell: Cell) -> Cell:
     return replace(cell, schedule=replace(cell.schedule, steps=0))
 
 
-def reads(gang: Sequence[Cell], setting: Setting, *, keeps: bool) -> tuple[int, int]:
-    """Tokens, BOS counted, whose activations the language model makes, and those that are in the cache."""
+def reads(gang: Sequence[Cell], setting: Setting, others: Collection[Site], *, keeps: bool) -> tuple[int, int]:
+    """Tokens, BOS counted, whose activations the language model makes, and those that are in the cache.
+
+    `others` are sites that only the held-out rows are read at; they come from the pass that those of the cells do.
+    """
     stream = gang[0].stream
     rows, seq_len = row_counts(stream.data), stream.data.seq_len
     n_blocks = rows["train"] // ROWS_PER_BLOCK
@@ -161,6 +163,7 @@ def reads(gang: Sequence[Cell], setting: Setting, *, keeps: bool) -> tuple[int, 
         return (train + rows["calibration"] + rows["heldout"]) * seq_len, 0
     sites = {cell.site for cell in gang}
     there = setting.cached.n_blocks(stream, sites, setting.processor)
+    there["heldout"] = setting.cached.n_blocks(stream, sites | {*others}, setting.processor)["heldout"]
     needed = {**rows, "train": (n_blocks if epochs else of_last) * ROWS_PER_BLOCK}
     missing = sum(max(n - there[split] * ROWS_PER_BLOCK, 0) for split, n in needed.items())
     return missing * seq_len, (sum(needed.values()) - missing) * seq_len
