@@ -5,6 +5,7 @@ metrics are. A row whose sequences are missing, or are not the baselines', has a
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from analysis.frontier import Array, Placed, Placement, Sums, frontier, place, tied
+from analysis.frontier import Array, Placement, Sums, frontier, place, tied
 
 __all__ = ["MEASURES", "PLACE_COLUMNS", "Measure", "Standing", "standings"]
 
@@ -69,8 +70,8 @@ class Standing:
     """How the rows of a group stand by one measure; rows are named by their `cell_id`."""
 
     measure: Measure
-    n_sequences: int
-    """What the intervals rest on; 0 without any."""
+    sequences: dict[str, Array]
+    """The numbers of the held-out sequences on which each row is paired; rows that are not there are on none."""
     l0_range: tuple[float, float]
     """The frontier's."""
     on_frontier: list[str]
@@ -80,8 +81,11 @@ class Standing:
     columns: dict[str, Row]
     """Values of PLACE_COLUMNS."""
     log_ratios: dict[str, Array]
-    unpaired: list[str]
-    """Rows whose sums per sequence are missing, or of other sequences than the baselines'."""
+
+    @property
+    def unpaired(self) -> list[str]:
+        """Rows whose sums per sequence are missing, or of other sequences than the baselines'."""
+        return [cell_id for cell_id in self.columns if cell_id not in self.sequences]
 
     def stands_for(self, metric: str) -> bool:
         return metric in self.measure.metrics
@@ -91,7 +95,11 @@ class Standing:
         return bool(row[f"{self.measure.name}_extrapolated"])
 
     def tied(self, one: str, other: str) -> bool | None:
-        """Whether the sequences do not tell two rows apart, each at its own L0; None where nothing says."""
+        """Whether the sequences do not tell two rows apart, each at its own L0; None where nothing says, as of rows
+        that were placed on different sequences.
+        """
+        if self.sequences.get(one) is not self.sequences.get(other):
+            return None
         return tied(self.log_ratios[one], self.log_ratios[other])
 
 
@@ -110,26 +118,32 @@ def standings(rows: Sequence[Row], baselines: Sequence[Row], sequences: pl.DataF
         if not (known and edge):
             continue
         series = {} if sequences is None else _series([*known, *edge], measure, sequences)
-        together = [row for row in known if _paired(row, edge, series)]
-        apart = [row for row in known if not _paired(row, edge, series)]
+        parts: dict[bytes, list[Row]] = defaultdict(list)
+        shared: dict[bytes, Array] = {}
+        for row in known:
+            numbers = _shared(row, edge, series, measure)
+            parts[numbers.tobytes()].append(row)
+            shared.setdefault(numbers.tobytes(), numbers)
         placements: dict[str, Placement] = {}
         log_ratios: dict[str, Array] = {}
-        for part, sums in (
-            (together, series),
-            (apart, {row["cell_id"]: _total(row, measure) for row in (*known, *edge)}),
-        ):
-            placed = place(_sums(part, sums), _sums(edge, sums)) if part else Placed([], np.empty((0, 0)))
+        paired: dict[str, Array] = {}
+        for key, part in parts.items():
+            if len(shared[key]):
+                sums = {row["cell_id"]: _on(shared[key], series[row["cell_id"]]) for row in (*part, *edge)}
+                paired |= {row["cell_id"]: shared[key] for row in part}
+            else:
+                sums = {row["cell_id"]: _total(row, measure) for row in (*part, *edge)}
+            placed = place(_sums(part, sums), _sums(edge, sums))
             placements |= {row["cell_id"]: at for row, at in zip(part, placed.placements, strict=True)}
             log_ratios |= {row["cell_id"]: line for row, line in zip(part, placed.log_ratios.T, strict=True)}
         yield Standing(
             measure,
-            n_sequences=len(series[edge[0]["cell_id"]][0]) if together else 0,
+            sequences=paired,
             l0_range=(edge[0]["l0"], edge[-1]["l0"]),
             on_frontier=[row["cell_id"] for row in edge],
             losses=[measure.loss_of(row) for row in edge],
             columns={row["cell_id"]: _columns(measure, row, placements[row["cell_id"]]) for row in known},
             log_ratios=log_ratios,
-            unpaired=[row["cell_id"] for row in apart],
         )
 
 
@@ -148,8 +162,8 @@ Series = Array
 
 
 def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> dict[str, Series]:
-    """The sums of every row that has all of them, the mean over its seeds; of a measure taken on some sequences, on
-    those that all have.
+    """The sums of every row that has them, the mean over its seeds; of a measure taken on some sequences, on those that
+    all its seeds have.
     """
     ids = {row["cell_id"]: row.get("cell_ids") or [row["cell_id"]] for row in rows}
     values = [value.cast(pl.Float64) for value in (measure.sequence_loss, pl.col("sum_l0"), pl.col("n_tokens"))]
@@ -158,26 +172,42 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
     frame = frame.sort("cell_id", "sequence").select("cell_id", pl.col("sequence").cast(pl.Float64), *values)
     parts = frame.partition_by("cell_id", as_dict=True, include_key=False)
     arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
-    if measure.on_some and arrays:
-        common = reduce(np.intersect1d, [array[0] for array in arrays.values()])
-        arrays = {cell_id: array[:, np.isin(array[0], common)] for cell_id, array in arrays.items()}
     found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}
+    if measure.on_some:
+        found = {name: [_on(_numbers_of_all(seeds), seed) for seed in seeds] for name, seeds in found.items()}
     return {
         name: np.mean(seeds, 0)
         for name, seeds in found.items()
-        if len(seeds) == len(ids[name]) and all(map(_same_sequences, seeds[1:], seeds)) and np.isfinite(seeds).all()
+        if len(seeds) == len(ids[name]) and _same_sequences(seeds) and np.isfinite(seeds).all()
     }
 
 
-def _same_sequences(one: Series, other: Series) -> bool:
-    """Whether two have the same sequences, each with the same number of tokens."""
-    return np.array_equal(one[[0, 3]], other[[0, 3]])
+def _numbers_of_all(series: Sequence[Series]) -> Array:
+    """The sequences that all have."""
+    return reduce(np.intersect1d, [one[0] for one in series]) if series else np.empty(0)
 
 
-def _paired(row: Row, edge: Sequence[Row], series: dict[str, Series]) -> bool:
-    """Whether a row and all points of the frontier have sums for the same tokens of the same sequences."""
-    found = [series.get(one["cell_id"]) for one in (row, *edge)]
-    return all(one is not None and found[0] is not None and _same_sequences(one, found[0]) for one in found)
+def _on(numbers: Array, series: Series) -> Series:
+    """These sequences of a row."""
+    return np.asarray(series[:, np.isin(series[0], numbers)])
+
+
+def _same_sequences(series: Sequence[Series]) -> bool:
+    """Whether all have the same sequences, each with the same number of tokens."""
+    return all(np.array_equal(one[[0, 3]], series[0][[0, 3]]) for one in series)
+
+
+def _shared(row: Row, edge: Sequence[Row], series: dict[str, Series], measure: Measure) -> Array:
+    """The sequences on which a row is paired with all points of the frontier: its own, which are theirs, or those that
+    all have of a measure taken on some; none where sums are missing, or of other sequences or tokens.
+    """
+    found = [series[one["cell_id"]] for one in (row, *edge) if one["cell_id"] in series]
+    if len(found) <= len(edge):
+        return np.empty(0)
+    if measure.on_some:
+        numbers = _numbers_of_all(found)
+        found = [_on(numbers, one) for one in found]
+    return found[0][0] if _same_sequences(found) else np.empty(0)
 
 
 def _total(row: Row, measure: Measure) -> Series:

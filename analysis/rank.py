@@ -244,7 +244,7 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
         yield f"{why}rows stand in the order of {group.by} alone, which compares at equal L0 only"
     for standing in group.standings:
         ratio = f"{standing.measure.name}_ratio"
-        if not standing.n_sequences:
+        if not standing.sequences:
             yield f"no sums per held-out sequence of the frontier (table sequences): {ratio} without intervals"
         elif names := standing.unpaired:
             yield (

@@ -24,7 +24,7 @@ RATIO = (
     "{name}_frontier: theirs there; {name}_matched_l0: the L0 at which theirs is as low"
 )
 RESAMPLED = (
-    "95%: {n:,} held-out sequences drawn {draws:,} times, the same for cell and baselines; a tie where it holds 1"
+    "95%: held-out sequences ({n}) drawn {draws:,} times, the same for cell and baselines; a tie where it holds 1"
 )
 OUTSIDE = (
     "{name}_ratio~: extrapolated, for the baselines were measured at L0 {reach}; {last}all that is known of them is "
@@ -73,12 +73,13 @@ def _legend(group: Group) -> Iterator[str]:
             reach = " to ".join(dict.fromkeys(map(readable, standing.l0_range)))
             last = "such rows stand last, and " if standing is group.ordered_by else ""
             yield OUTSIDE.format(name=standing.measure.name, reach=reach, last=last)
-    if n := max((standing.n_sequences for standing in group.standings), default=0):
-        yield RESAMPLED.format(n=n, draws=N_RESAMPLES)
+    counts = {s.measure.name: sorted({len(numbers) for numbers in s.sequences.values()}) for s in group.standings}
+    if said := [f"{name} {' or '.join(map(str, some))}" for name, some in counts.items() if some]:
+        yield RESAMPLED.format(n=", ".join(said), draws=N_RESAMPLES)
     yield PARETO
     if any(row["tie"] for row in group.rows):
         order = group.ordered_by
-        what = ["held-out sequences"] if order and order.n_sequences else []
+        what = ["held-out sequences"] if order and order.sequences else []
         what += ["spread of the seeds"] if _has_intervals(group) else []
         yield TIE.format(by=f"{group.by} at equal L0" if order else group.by, what=" or the ".join(what))
     if _has_intervals(group):

@@ -79,9 +79,8 @@ def _against_baselines(group: Group, best: Row) -> Iterator[str]:
             known = outside.get(verdict or "not comparable")
             yield f"The baselines' {words} was measured at other L0s ({reach}): {known}."
         elif ratio is not None:
-            interval = (
-                "" if low is None else f" (95%: {low:.3f} to {high:.3f}, {standing.n_sequences} held-out sequences)"
-            )
+            n = len(standing.sequences.get(best["cell_id"], ()))
+            interval = "" if low is None else f" (95%: {low:.3f} to {high:.3f}, {n} held-out sequences)"
             yield f"At equal L0 its {words} is {ratio:.3f} times the baselines'{interval}: {verdict or 'no verdict'}."
     for row in group.measured:
         if row["remarks"]:
