@@ -2,6 +2,7 @@
 
 grid    a gang of cells that differ in their seed, as one command, against as many separate commands; no activation
         cache, model and tokens ready. And against its parts: one language-model pass plus the cells' own steps.
+        Seconds on the clock and, under `cpu_`, of the processor, which other work on the machine changes less.
 layers  tokens that go through the language model for one layer and for three.
 cache   tokens a second that the activation cache reads, each block once.
 pairs   the exact comparison of all decoder rows against a blocked product of all rows with all rows.
@@ -9,6 +10,7 @@ pairs   the exact comparison of all decoder rows against a blocked product of al
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,9 @@ from sweep.metrics import decoder_similarity
 from sweep.step.step import train_step_
 
 Row = dict[str, Any]
+
+Taken = tuple[float, float]
+"""Seconds on the clock, and of the processor."""
 
 BUDGET = ("n_tokens=16256", "epochs=1", "n_calibration_tokens=2032", "n_heldout_tokens=2032", "batch_size=512")
 
@@ -53,45 +58,49 @@ def main() -> None:
 
 
 def grid(options: Sequence[str], cache: Path, n_cells: int) -> Row:
-    pass_s, step_s = parts_of_a_run(options, cache)
+    pass_and_steps = parts_of_a_run(options, cache)
     seeds = [str(seed) for seed in range(n_cells)]
-    gang_s = command([*options, f"seed={','.join(seeds)}"], cache)
-    separate_s = sum(command([*options, f"seed={seed}"], cache) for seed in seeds)
-    ideal_s = pass_s + n_cells * step_s
-    return {
-        "cells": n_cells,
-        "gang_s": gang_s,
-        "separate_s": separate_s,
-        "separate_over_gang": separate_s / gang_s,
-        "pass_s": pass_s,
-        "steps_of_a_cell_s": step_s,
-        "gang_over_pass_and_steps": gang_s / ideal_s,
-    }
+    gang = command([*options, f"seed={','.join(seeds)}"], cache)
+    separate = [command([*options, f"seed={seed}"], cache) for seed in seeds]
+    row: Row = {"cells": n_cells}
+    for i, kind in enumerate(("", "cpu_")):
+        pass_s, step_s = (part[i] for part in pass_and_steps)
+        gang_s, separate_s = gang[i], sum(one[i] for one in separate)
+        row |= {
+            f"{kind}gang_s": gang_s,
+            f"{kind}separate_s": separate_s,
+            f"{kind}separate_over_gang": separate_s / gang_s,
+            f"{kind}pass_s": pass_s,
+            f"{kind}steps_of_a_cell_s": step_s,
+            f"{kind}gang_over_pass_and_steps": gang_s / (pass_s + n_cells * step_s),
+        }
+    return row
 
 
-def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[float, float]:
-    """Seconds of the language model over everything a cell reads, and of all its training steps."""
+def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[Taken, Taken]:
+    """What the language model takes over everything a cell reads, and what all training steps of a cell take."""
     cell = cell_of(options)
     harvested = prepare([cell], cache, cached=False)
     harvested.harvested.language_model()
     stream = harvested.stream
     blocks = sorted(stream.demand(cell.schedule.steps).blocks)
-    pass_s = seconds(lambda: [harvested.harvested.harvest(read, stream.sites) for read in blocks])
+    of_pass = taken(lambda: [harvested.harvested.harvest(read, stream.sites) for read in blocks])
     window = stream.first_window()[cell.site]
     state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
-    step_s, slices = 0.0, (cell.capacity, cell.schedule, cell.revival)
-    for _, batch in stream.batches(0, cell.schedule.steps):
-        step_s += seconds(lambda batch=batch: train_step_(state, *batch[cell.site], *slices))
-    return pass_s, step_s
+    slices = (cell.capacity, cell.schedule, cell.revival)
+    steps = [
+        taken(lambda batch=batch: train_step_(state, *batch[cell.site], *slices))
+        for _, batch in stream.batches(0, cell.schedule.steps)
+    ]
+    return of_pass, (sum(step[0] for step in steps), sum(step[1] for step in steps))
 
 
-def command(overrides: Sequence[str], cache: Path) -> float:
-    """Seconds of a sweep in a results folder of its own, from the start of the process to its end."""
+def command(overrides: Sequence[str], cache: Path) -> Taken:
+    """What a sweep in a results folder of its own takes, from the start of the process to its end, jobs included."""
     with tempfile.TemporaryDirectory() as results:
         words = [*overrides, "cache_gib=0", f"cache_dir={cache}", f"results_dir={results}"]
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "sweep_runner.py", "-m", *words], cwd=ROOT, check=True, capture_output=True)
-        return time.perf_counter() - started
+        run = [sys.executable, "sweep_runner.py", "-m", *words]
+        return taken(lambda: subprocess.run(run, cwd=ROOT, check=True, capture_output=True))
 
 
 def layers(options: Sequence[str], cache: Path, n_cells: int) -> Row:
@@ -112,8 +121,8 @@ def cache_speed(options: Sequence[str], cache: Path, n_cells: int) -> Row:
     blocks = list(range(stream.n_blocks))
     stream.blocks.read("train", blocks, stream.sites)  # harvested where they are not there yet
     again = prepare([cell], cache).stream
-    taken = seconds(lambda: [again.blocks.read("train", [block], again.sites) for block in blocks])
-    return {"d": cell.model.d_in, "tokens_per_second": stream.epoch_tokens / taken}
+    read_s = seconds(lambda: [again.blocks.read("train", [block], again.sites) for block in blocks])
+    return {"d": cell.model.d_in, "tokens_per_second": stream.epoch_tokens / read_s}
 
 
 def pairs(options: Sequence[str], cache: Path, n_cells: int) -> Row:
@@ -124,10 +133,20 @@ def pairs(options: Sequence[str], cache: Path, n_cells: int) -> Row:
     return {"exact_s": exact_s, "product_s": product_s, "exact_over_product": exact_s / product_s}
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def taken(work: Callable[[], Any]) -> Taken:
+    begun = time.perf_counter(), processor()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - begun[0], processor() - begun[1]
+
+
+def processor() -> float:
+    """Seconds of the processor so far, in this process and in its ended children."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    return taken(work)[0]
 
 
 PARTS: dict[str, Callable[[Sequence[str], Path, int], Row]] = {
