@@ -84,7 +84,7 @@ def _legend(group: Group) -> Iterator[str]:
         yield TIE.format(by=f"{group.by} at equal L0" if order else group.by, what=" or the ".join(what))
     if _has_intervals(group):
         yield INTERVAL
-    if not group.standings:
+    if group.rows and not group.measured:
         yield EQUAL_L0.format(by=group.by)
 
 

@@ -206,6 +206,9 @@ def test_the_text_says_what_its_marks_mean(results: Path) -> None:
     assert "< 8" in lines["beyond"]
     assert "FVU compares fairly only" not in text
     assert "6 runs and 4 baselines" in text
+    without = ranked(results, "ce_recovered_zero")  # which no row of these has
+    assert not without.rows
+    assert "No baseline was measured" not in rank_text(without)
 
 
 def test_beside_one_baseline_nothing_is_ordered_by_a_ratio(results: Path) -> None:
