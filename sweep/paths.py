@@ -229,7 +229,9 @@ class ResultsFolder:
         ours = (self.about, self.lock, self.sweeps, self.slurm, *map(self.table, (*TABLES, "cells")))
         cells = [self.cell(cell_id) for cell_id in cell_ids]  # their other files are replaced as a whole, links and all
         theirs = (
-            path for cell in cells for path in (cell.root, cell.log, cell.lock, cell.checkpoints, cell.transcoder)
+            path
+            for cell in cells
+            for path in (cell.root, cell.log, cell.lock, cell.transcoder, cell.checkpoints, *cell.checkpoints.glob("*"))
         )
         for path in (*ours, *theirs):
             if path.is_symlink() and not os.path.realpath(path).startswith(f"{root}/"):

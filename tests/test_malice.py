@@ -204,8 +204,8 @@ def test_a_config_with_names_that_lead_elsewhere_is_refused(key: str, name: str,
 
 
 LINKS = (
-    "cells", "runs", "sweeps", "cells/{id}", "cells/{id}/checkpoints", "cells/{id}/transcoder", "cells/{id}/log.txt",
-    "cells/{id}/.lock",
+    "cells", "runs", "curves", "sweeps", "slurm", "cells/{id}", "cells/{id}/checkpoints",
+    "cells/{id}/checkpoints/step_00000001", "cells/{id}/transcoder", "cells/{id}/log.txt", "cells/{id}/.lock",
 )  # fmt: skip
 
 
