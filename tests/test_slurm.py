@@ -378,13 +378,16 @@ def test_a_launcher_that_dies_is_not_missed(
     sweep.wait_for_training()
     launcher.kill()
     launcher.communicate()
-    jobs = set(cluster.states())
-    asked = sweep.ask("status").stdout
-    assert asked.count("it prints to") == 2
+    jobs, at_work = set(cluster.states()), job_processes(cluster)
+    for process in at_work:  # so that none is over before it was asked about
+        process.suspend()
+    assert sweep.ask("status").stdout.count("it prints to") == 2
+    assert "3 cells: 3 running; nothing to run" in sweep.run("dry_run=true").stdout
+    for process in at_work:
+        process.resume()
     with ThreadPoolExecutor(1) as pool:
         watched = pool.submit(sweep.ask, "watch")
         output = sweep.finish()
-    assert "3 cells: 3 running; nothing to run" in output
     assert "submitted" not in output
     assert watched.result().returncode == 0
     assert last_table(watched.result().stdout) == last_table(output)
