@@ -220,11 +220,14 @@ def _sorted(xs: Array, ys: Array) -> tuple[Array, Array]:
 
 
 def _interval(values: Array) -> tuple[float | None, float | None]:
-    """Between the 2.5% and 97.5% quantiles; nothing where one value is no number."""
-    if not len(values) or not np.isfinite(values).all():
+    """Between the 2.5% and 97.5% quantiles. A draw without a number counts at both ends; nothing where many are."""
+    if not len(values):
         return None, None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        low = np.quantile(np.where(known, values, -np.inf), 0.025)
+        high = np.quantile(np.where(known, values, np.inf), 0.975)
+    return (float(low), float(high)) if np.isfinite([low, high]).all() else (None, None)
 
 
 def _exp(value: float | None) -> float | None:

@@ -251,6 +251,9 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
                 f"no interval of {ratio} for {_some(names)}: sums per held-out sequence missing or not "
                 "of the baselines' sequences (table sequences)"
             )
+        unsettled = [row for row in group.rows if row["cell_id"] in standing.sequences and row[ratio] is not None]
+        if names := [row["cell_id"] for row in unsettled if row[f"{ratio}_low"] is None]:
+            yield f"no interval of {ratio} for {_some(names)}: on too many draws of the sequences nothing is added"
     if not key["heldout_hash"] or not key["model_hash"]:
         yield "rows without heldout_hash or model_hash: nothing shows that they were measured on the same vectors"
 

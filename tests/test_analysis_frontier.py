@@ -101,6 +101,22 @@ def test_what_has_no_logarithm_has_no_ratio() -> None:
         place(edge, sums([0], [1.0]))
 
 
+@pytest.mark.parametrize(("n_negative", "has_interval"), [(1, True), (4, False)])
+def test_a_few_draws_without_a_logarithm_widen_the_interval_and_many_leave_none(
+    n_negative: int, has_interval: bool
+) -> None:
+    added = np.full((1, 8), 7.0)
+    added[0, :n_negative] = -5.5  # cross-entropy that a prediction takes away
+    of, l0 = np.ones((2, 8)) * np.array([[9.0], [5.0]]), np.ones((2, 8)) * np.array([[8.0], [32.0]])
+    edge = Sums(of, l0, np.ones(8))
+    cells = Sums(added, np.full((1, 8), 16.0), np.ones(8))
+    draws = (counts(8, 1000) @ added.T)[1:, 0]
+    assert 0 < (draws <= 0).mean() < 0.025 or not has_interval
+    (at,) = place(cells, edge).placements
+    assert at.ratio is not None
+    assert (at.low is not None) == (at.verdict is not None) == has_interval
+
+
 def test_place_is_the_naive_bootstrap() -> None:
     rng = np.random.default_rng(3)
     cells = Sums(rng.gamma(2, size=(5, 12)), rng.integers(20, 600, (5, 12)) * 1.0, rng.integers(5, 9, 12) * 1.0)

@@ -115,6 +115,24 @@ def test_seeds_of_a_cell_are_placed_by_their_mean(tmp_path: Path) -> None:
     assert row["fvu_ratio_low"] < row["fvu_ratio"] < row["fvu_ratio_high"] < 1
 
 
+def test_an_interval_that_nothing_added_prevents_is_told(tmp_path: Path) -> None:
+    for name, l0, added, kind in (
+        ("low", 8.0, 9.0, "baseline"),
+        ("high", 32.0, 5.0, "baseline"),
+        ("ours", 16.0, 7.0, "cell"),
+    ):
+        rows = sequences(l0, 0.5, 0)
+        for i, row in enumerate(rows):
+            row |= {
+                "sum_ce_clean": 60.0,
+                "sum_ce_spliced": 60.0 + (-0.7 * added if kind == "cell" and i % 2 else added),
+            }
+        write_cell(tmp_path, name, l0=l0, fvu=0.5, sequences=rows, kind=kind, ce_clean=2.0, ce_spliced=2.0 + added / 31)
+    group = ranked(tmp_path)
+    assert group.rows[0]["ce_ratio"] is not None
+    assert any(note.startswith("no interval of ce_ratio for ours: on too many draws") for note in group.notes)
+
+
 def test_a_verdict_that_other_seeds_may_not_get_is_told(tmp_path: Path) -> None:
     for i, (name, (l0, fvu)) in enumerate({"low": (8.0, 0.8), "high": (32.0, 0.4)}.items()):
         write(tmp_path, name, l0, fvu, i, kind="baseline", baseline=name)

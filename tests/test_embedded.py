@@ -54,7 +54,8 @@ def test_embedded_cells_are_ranked_against_gemma_scope_2(rows: pl.DataFrame, res
     cell = rows.sort("l0").row(-1, named=True)
     folder = results / "cells" / cell["cell_id"]
     write_thresholds(folder, tmp_path / "google")
-    done = run(*GRID, f"results_dir={results}", "baselines=gemma_scope", f"baselines_dir={tmp_path / 'google'}")
+    google = ("baselines=gemma_scope", f"baselines_dir={tmp_path / 'google'}")
+    done = run(*GRID, f"results_dir={results}", *google, timeout=3000)
     assert done.returncode == 0, done.stderr
     assert "4 cells: 1 baselines, 3 done" in done.stdout
     family = {row["baseline"]: row for row in runs(results).filter(kind="baseline").to_dicts()}

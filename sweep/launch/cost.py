@@ -156,6 +156,8 @@ def reads(gang: Sequence[Cell], setting: Setting, others: Collection[Site], *, k
     n_blocks = rows["train"] // ROWS_PER_BLOCK
     window_tokens = BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * (seq_len - 1)
     n_tokens = max(cell.schedule.steps for cell in gang) * stream.batch_size
+    if not n_tokens:  # cells that are done are not calibrated again
+        rows = {**rows, "calibration": 0}
     epochs, rest = divmod(n_tokens, rows["train"] * (seq_len - 1))
     of_last = min(-(-rest // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
     if not keeps:
