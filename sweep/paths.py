@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -228,12 +229,8 @@ class ResultsFolder:
         root = os.path.realpath(self.root)
         ours = (self.about, self.lock, self.sweeps, self.slurm, *map(self.table, (*TABLES, "cells")))
         cells = [self.cell(cell_id) for cell_id in cell_ids]  # their other files are replaced as a whole, links and all
-        theirs = (
-            path
-            for cell in cells
-            for path in (cell.root, cell.log, cell.lock, cell.transcoder, cell.checkpoints, *cell.checkpoints.glob("*"))
-        )
-        for path in (*ours, *theirs):
+        theirs = ((c.root, c.log, c.lock, c.transcoder, c.checkpoints, *c.checkpoints.glob("*")) for c in cells)
+        for path in (*ours, *chain.from_iterable(theirs)):
             if path.is_symlink() and not os.path.realpath(path).startswith(f"{root}/"):
                 raise ResultsError(
                     f"{path} is a link out of the results folder, and nothing is written there; remove it"
