@@ -83,7 +83,7 @@ def measure(cells: Sequence[Cell], folder: Path, n_steps: int, n_rounds: int, mi
 def run_of(cell: Cell, folder: CellFolder) -> Run:
     """A run of the cell that saves as in a job, by nobody's clock."""
     first = activations(cell, 2 * cell.schedule.batch_size, seed=0)
-    state = initial_state(first.source, first.target, cell.capacity, cell.seed)
+    state = initial_state(first.source, first.target, cell.capacity, cell.seed, schedule=cell.schedule)
 
     def save(state: TrainState) -> None:
         checkpoint.save(state, folder, cell, {})

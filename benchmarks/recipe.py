@@ -37,10 +37,21 @@ from sweep.paths import write_json
 from sweep.state import TrainState
 from sweep.transcoder import Transcoder, load_transcoder, save_transcoder
 
-RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 3e-2)
 """Two decades."""
 
-COMPARED = ("ours", "ours, not nested", "simple", "sparsify", "dictionary_learning", "SAELens", "matryoshka_sae")
+COMPARED = (
+    "ours",
+    "ours, not nested",
+    "ours, linear map",
+    "ours, linear map, not nested",
+    "simple",
+    "simple, linear map",
+    "sparsify",
+    "dictionary_learning",
+    "SAELens",
+    "matryoshka_sae",
+)
 """What runs if nothing is chosen."""
 
 SCORES = ("fvu", "fvu_per_dimension", "l0", "dead_fraction", "ce_recovered_mean")

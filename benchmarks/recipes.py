@@ -80,7 +80,7 @@ def by_steps(start: Start, learn_: Learn) -> Callable[[Cell, Activations, Iterab
 
 
 def from_data(source: Tensor, target: Tensor, cell: Cell) -> TrainState:
-    return initial_state(source, target, cell.capacity, cell.seed)
+    return initial_state(source, target, cell.capacity, cell.seed, schedule=cell.schedule)
 
 
 def from_zero_decoder(source: Tensor, target: Tensor, cell: Cell) -> TrainState:
@@ -199,8 +199,10 @@ def by_peer(module: str) -> Callable[[Cell, Activations, Iterable[Activations], 
 
 
 NOT_NESTED = "group_fractions=[1.0]"
-SIMPLE = ("activation=top_k", NOT_NESTED, "aux_penalty=0", "betas=[0.9,0.999]")
-BUSSMANN = ("aux_penalty=0.03125", "top_k_aux=512", "n_batches_to_dead=20", "betas=[0.9,0.99]")
+MAP = "skip=true"
+PLAIN = ("rate_by_spread=false", "centre_source=false")
+SIMPLE = (*PLAIN, "activation=top_k", NOT_NESTED, "aux_penalty=0", "betas=[0.9,0.999]")
+BUSSMANN = (*PLAIN, "aux_penalty=0.03125", "top_k_aux=512", "n_batches_to_dead=20", "betas=[0.9,0.99]")
 NO_AUX = "aux_penalty=0"
 FREE = by_steps(from_data, learning_by(adam_free_))
 FREE_FROM_ZERO = by_steps(from_data_zero_decoder, learning_by(adam_free_))
@@ -208,14 +210,17 @@ FREE_FROM_ZERO = by_steps(from_data_zero_decoder, learning_by(adam_free_))
 RECIPES = {
     "ours": Recipe((), by_steps(from_data, sparse.learn_)),
     "ours, not nested": Recipe((NOT_NESTED,), by_steps(from_data, sparse.learn_)),
+    "ours, linear map": Recipe((MAP,), by_steps(from_data, sparse.learn_)),
+    "ours, linear map, not nested": Recipe((MAP, NOT_NESTED), by_steps(from_data, sparse.learn_)),
     "simple": Recipe(SIMPLE, by_steps(from_zero_decoder, learning_by(adam_free_))),
+    "simple, linear map": Recipe((MAP, *SIMPLE), by_steps(from_zero_decoder, learning_by(adam_free_))),
     "sparsify": Recipe(SIMPLE, by_peer("sparsify_recipe"), cost=1.5, peer="sparsify"),
-    "dictionary_learning": Recipe((), by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),
-    "SAELens": Recipe((), by_peer("sae_lens_recipe"), cost=4, peer="sae_lens"),
+    "dictionary_learning": Recipe(PLAIN, by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),
+    "SAELens": Recipe(PLAIN, by_peer("sae_lens_recipe"), cost=4, peer="sae_lens"),
     "matryoshka_sae": Recipe(BUSSMANN, by_steps(from_tied, sparse.learn_)),
-    "ours, free decoder": Recipe((NO_AUX,), FREE),
-    "ours, free decoder, not nested": Recipe((NO_AUX, NOT_NESTED), FREE),
-    "ours, free zero decoder": Recipe((NO_AUX,), FREE_FROM_ZERO),
-    "ours, free zero decoder, not nested": Recipe((NO_AUX, NOT_NESTED), FREE_FROM_ZERO),
+    "ours, free decoder": Recipe((*PLAIN, NO_AUX), FREE),
+    "ours, free decoder, not nested": Recipe((*PLAIN, NO_AUX, NOT_NESTED), FREE),
+    "ours, free zero decoder": Recipe((*PLAIN, NO_AUX), FREE_FROM_ZERO),
+    "ours, free zero decoder, not nested": Recipe((*PLAIN, NO_AUX, NOT_NESTED), FREE_FROM_ZERO),
 }
 """By the names rows carry. simple: sparsify's transcoder with Adam instead of its default, in plain torch."""

@@ -86,7 +86,8 @@ def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[Taken, Taken]:
     blocks = sorted(stream.demand(cell.schedule.steps).blocks)
     of_pass = taken(lambda: [harvested.harvested.harvest(read, stream.sites) for read in blocks])
     window = stream.first_window()[cell.site]
-    state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
+    pair = window.source.float(), window.target.float()
+    state = initial_state(*pair, cell.capacity, cell.seed, schedule=cell.schedule)
     slices = (cell.capacity, cell.schedule, cell.revival)
     steps = [
         taken(lambda batch=batch: train_step_(state, *batch[cell.site], *slices))

@@ -151,3 +151,10 @@ def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
         for name, tensor in params.items():
             if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
                 raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]}")
+    for name, wanted, width in (
+        ("write_rates", cell.schedule.rate_by_spread, model.d_out),
+        ("source_mean", cell.schedule.centre_source, model.d_in),
+    ):
+        tensor = getattr(state, name)
+        if (tensor is not None) != wanted or (wanted and tuple(tensor.shape) != (width,)):
+            raise CheckpointError(f"{path}: {name} is missing, or not of this cell")

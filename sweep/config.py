@@ -114,6 +114,14 @@ class Schedule:
         "precision of the training step's matrix products; weights, moments and sums stay float32; "
         "bfloat16 is for GPUs, on a CPU it takes the dense step"
     )
+    rate_by_spread: bool = option(
+        "a dimension of the target that varies less than most is written with a learning rate lower by as much",
+        default=False,
+    )
+    centre_source: bool = option(
+        "encoder and linear map learn as if the source had a mean of zero; what is saved reads the source as it is",
+        default=False,
+    )
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, batch_size=self.batch_size)

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sweep.config import Capacity
+from sweep.config import Capacity, Schedule
 from sweep.state import TrainState
 from sweep.step.update import normalise_rows_
 from sweep.transcoder import Parameters, pre_latents, select
 
-__all__ = ["initial_state"]
+__all__ = ["initial_state", "write_rates"]
 
 BLEND = 0.5
 """Share of the second token: below 1, so that (a, b) and (b, a) differ."""
@@ -31,11 +31,26 @@ def initial_state(
     capacity: Capacity,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    schedule: Schedule | None = None,
 ) -> TrainState:
-    """A fresh state; a pure function of the window, the capacity and the seed."""
+    """A fresh state; a pure function of its arguments. The schedule tells whether steps are fitted to the window."""
     source_scale, target_scale = unit_mean_square_scale(source), unit_mean_square_scale(target)
     params = data_parameters(source.to(dtype) * source_scale, target.to(dtype) * target_scale, capacity, seed)
-    return TrainState.initial(params, source_scale, target_scale)
+    state = TrainState.initial(params, source_scale, target_scale)
+    if schedule and schedule.rate_by_spread:
+        state.write_rates = write_rates(target.to(dtype))
+    if schedule and schedule.centre_source:
+        state.source_mean = (source.to(dtype) * source_scale).mean(dim=0)
+    return state
+
+
+def write_rates(target: Float[Tensor, "n d_out"]) -> Float[Tensor, " d_out"]:
+    """The standard deviation of each dimension over their root mean square, at most 1; 1 where nothing varies."""
+    variance = target.double().var(dim=0, correction=0)
+    mean = variance.mean()
+    if not mean > 0:
+        return target.new_ones(target.shape[1])
+    return (variance / mean).sqrt().clamp_max(1).to(target.dtype)
 
 
 def unit_mean_square_scale(values: Float[Tensor, "n d"]) -> float:

@@ -190,7 +190,8 @@ def start(member: Member, place: Workplace, workflow: Workflow, clock: SaveClock
         if state is None:
             window = place.stream.first_window()[cell.site]
             check_widths(window, cell.model)
-            state = initial_state(window.source.float(), window.target.float(), cell.capacity, cell.seed)
+            pair = window.source.float(), window.target.float()
+            state = initial_state(*pair, cell.capacity, cell.seed, schedule=cell.schedule)
         else:
             checkpoint.forget_after(state.step, member.folder)
         return state

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.transcoder import Parameters
@@ -25,7 +25,9 @@ class TrainState:
     `step` counts finished steps. `curve` holds what has been logged so far, so that a resumed run ends with the
     same curve. Scales are the recorded factors that give source and target unit mean square. `threshold` is the
     smallest latent of the last batch top-k: the next selection starts its search just below it. `rollbacks` holds, for
-    each time the run went back, the step from which on its learning rate is lowered.
+    each time the run went back, the step from which on its learning rate is lowered. `write_rates` is, with
+    `rate_by_spread`, the share of the learning rate with which each dimension of the target is written, from 0 to 1;
+    `source_mean`, with `centre_source`, the mean of the scaled source, about which the encoder turns.
     """
 
     step: int
@@ -38,6 +40,8 @@ class TrainState:
     threshold: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
     rollbacks: list[int] = field(default_factory=list)
+    write_rates: Float[Tensor, " d_out"] | None = None
+    source_mean: Float[Tensor, " d_in"] | None = None
 
     @classmethod
     def initial(cls, params: Parameters, source_scale: float, target_scale: float) -> "TrainState":
@@ -61,7 +65,9 @@ class TrainState:
         """Every tensor under a unique name."""
         parts = {"params": self.params, "first_moments": self.first_moments, "second_moments": self.second_moments}
         named = {f"{part}.{name}": tensor for part, params in parts.items() for name, tensor in params.items()}
-        return {**named, "batches_since_fired": self.batches_since_fired}
+        optional = {"write_rates": self.write_rates, "source_mean": self.source_mean}
+        there = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return {**named, "batches_since_fired": self.batches_since_fired, **there}
 
     def scalars(self) -> dict[str, Any]:
         """Everything else, as JSON values; floats survive JSON exactly."""
@@ -93,4 +99,6 @@ class TrainState:
             threshold=scalars["threshold"],
             curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
             rollbacks=[int(step) for step in scalars.get("rollbacks", [])],  # older checkpoints have none
+            write_rates=tensors.get("write_rates"),
+            source_mean=tensors.get("source_mean"),
         )

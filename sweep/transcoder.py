@@ -126,7 +126,7 @@ class Transcoder:
     top_k: int
     threshold: Float[Tensor, " dict_size"] | None
     W_skip: Float[Tensor, "d_in d_out"] | None = None
-    """Adds a linear map of the source to the prediction; ours have none."""
+    """Adds a linear map of the source to the prediction; ours have one with `skip`."""
 
     def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
         pre = torch.addmm(self.b_enc, source, self.W_enc)

@@ -50,6 +50,8 @@ OPTIONS: dict[str, Any] = {
     "min_lr_fraction": 0.01,
     "betas": [0.9, 0.999],
     "step_dtype": "float32",
+    "rate_by_spread": False,
+    "centre_source": False,
     "epochs": 1.0,
     # revival
     "aux_penalty": 1 / 8,

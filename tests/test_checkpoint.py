@@ -15,13 +15,14 @@ from sweep.initialise import initial_state
 from sweep.paths import CellFolder
 from sweep.state import TrainState
 
-CELL = make_cell()
+CELL = make_cell(rate_by_spread=True, centre_source=True)
 INPUTS = {"tokens_hash": "hash", "model_hash": "weights"}
 
 
 def make_state(step: int) -> TrainState:
     g = torch.Generator().manual_seed(step)
-    state = initial_state(torch.randn(99, 32, generator=g), torch.randn(99, 32, generator=g), CELL.capacity, step)
+    pair = (torch.randn(99, 32, generator=g) for _ in range(2))
+    state = initial_state(*pair, CELL.capacity, step, schedule=CELL.schedule)
     state.step = step
     state.curve = [(0, "loss", 0.1 + 0.2), (step, "l0", 1e-17)]
     return state
@@ -61,6 +62,20 @@ def test_a_cell_with_a_linear_map_takes_no_checkpoint_without_one(folder: CellFo
     save(make_state(20), other, with_skip, INPUTS)
     with pytest.raises(CheckpointError, match="W_skip is missing"):
         load_latest(other, with_skip, INPUTS, "cpu")
+
+
+@pytest.mark.parametrize(("option", "held"), [("rate_by_spread", "write_rates"), ("centre_source", "source_mean")])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_checkpoint_whose_steps_are_not_fitted_as_the_cells_is_refused(
+    option: str, held: str, wanted: bool, tmp_path: Path
+) -> None:
+    state, folder = make_state(20), CellFolder(tmp_path / "cell")
+    cell = make_cell(**{"rate_by_spread": True, "centre_source": True, option: wanted})
+    if wanted:
+        setattr(state, held, None)
+    save(state, folder, cell, INPUTS)
+    with pytest.raises(CheckpointError, match=f"{held} is missing, or not of this cell"):
+        load_latest(folder, cell, INPUTS, "cpu")
 
 
 def test_everything_a_state_holds_is_saved() -> None:

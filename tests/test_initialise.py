@@ -4,7 +4,7 @@ import pytest
 import torch
 from make import make_cell
 
-from sweep.initialise import initial_state, least_squares_scale, sample_pairs, unit_mean_square_scale
+from sweep.initialise import initial_state, least_squares_scale, sample_pairs, unit_mean_square_scale, write_rates
 from sweep.transcoder import pre_latents, select
 
 
@@ -20,6 +20,28 @@ def test_scales_give_unit_mean_square() -> None:
     assert float((source * state.source_scale).square().mean()) == pytest.approx(1, rel=1e-5)
     assert float((target * state.target_scale).square().mean()) == pytest.approx(1, rel=1e-5)
     assert unit_mean_square_scale(torch.zeros(3, 4)) == 1.0
+
+
+def test_rates_follow_the_spread_of_each_dimension_up_to_one() -> None:
+    spread = torch.tensor([0.0, 0.1, 1.0, 2.0])
+    target = torch.randn(999, 4, generator=torch.Generator().manual_seed(0))
+    target = (target - target.mean(0)) / target.std(0, correction=0) * spread + 50
+    typical = float(spread.square().mean().sqrt())
+    torch.testing.assert_close(
+        write_rates(target), torch.tensor([0.0, 0.1 / typical, 1.0 / typical, 1.0]), rtol=1e-4, atol=1e-6
+    )
+    assert write_rates(torch.full((9, 3), 7.0)).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_steps_are_fitted_to_the_window_where_asked_for(fitted: bool) -> None:
+    source, target = make_window()
+    cell = make_cell(dict_size=64, rate_by_spread=fitted, centre_source=fitted)
+    state = initial_state(source, target, cell.capacity, seed=0, schedule=cell.schedule)
+    assert (state.write_rates is not None) == (state.source_mean is not None) == fitted
+    if fitted:
+        torch.testing.assert_close(state.write_rates, write_rates(target))
+        torch.testing.assert_close(state.source_mean, source.mean(dim=0) * state.source_scale)
 
 
 def test_initial_state_is_reproducible_and_depends_on_the_seed() -> None:

@@ -109,7 +109,12 @@ def test_consecutive_steps_equal_those_of_the_reference(
     params = make_params(skip=skip)
     params.b_enc[20 : 20 + silent] = -100.0  # never fire: dead from the third step on
     revival, cap = Revival(aux_penalty, 8, 2), capacity(activation, groups)
-    ours, theirs = (TrainState.initial(params.map(torch.clone), 0.5, 2.0) for _ in range(2))
+    rates = torch.linspace(0.1, 1, params.b_dec.numel(), dtype=params.b_dec.dtype)
+    mean = torch.linspace(-1, 1, params.W_enc.shape[0], dtype=params.b_dec.dtype)
+    ours, theirs = (
+        replace(TrainState.initial(params.map(torch.clone), 0.5, 2.0), write_rates=rates, source_mean=mean)
+        for _ in range(2)
+    )
     n_dead = []
     for seed in range(8):
         batch = make_batch(seed)

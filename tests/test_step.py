@@ -1,5 +1,6 @@
 """The training step against a naive model in float64: values, gradients, updates."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from sweep.config import Capacity, Revival
 from sweep.state import TrainState
 from sweep.step.reference import gradients
 from sweep.step.step import train_step_
-from sweep.step.update import update_
+from sweep.step.update import BIAS_RATE, update_
 from sweep.transcoder import Parameters
 
 D_IN, D_OUT, WIDTH, BATCH = 12, 10, 40, 16
@@ -154,6 +155,66 @@ def test_update_is_adam_on_the_tangent_of_unit_rows() -> None:
         state.step += 1
     for found, want in zip(state.params.tensors(), leaves, strict=True):
         torch.testing.assert_close(found, want.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_writes_a_dimension_moves_by_that_dimensions_share_of_a_step() -> None:
+    params = make_params()
+    params.W_skip = torch.zeros(D_IN, D_OUT, dtype=torch.float64)
+    rates = torch.linspace(0, 1, D_OUT, dtype=torch.float64)
+    even, uneven = (
+        replace(TrainState.initial(params.map(torch.clone), 1.0, 1.0), write_rates=each) for each in (None, rates)
+    )
+    g = torch.Generator().manual_seed(0)
+    grads = params.map(lambda t: torch.randn(t.shape, generator=g, dtype=t.dtype))
+    for state in (even, uneven):
+        update_(state, grads.map(torch.clone), 0.05, (0.8, 0.95))
+    for name, start in params.items():
+        full, found = (getattr(state.params, name) - start for state in (even, uneven))
+        if name in ("b_dec", "W_skip"):
+            torch.testing.assert_close(found, full * rates)
+        elif name != "W_dec":
+            assert torch.equal(found, full)
+    tangent = grads.W_dec - (grads.W_dec * params.W_dec).sum(dim=1, keepdim=True) * params.W_dec
+    rows = params.W_dec - 0.05 * rates * tangent.sign()  # Adam's first step
+    torch.testing.assert_close(uneven.params.W_dec, rows / rows.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
+def test_biases_of_latents_that_turn_about_a_mean_learn_faster() -> None:
+    params = make_params()
+    plain, about = (TrainState.initial(params.map(torch.clone), 1.0, 1.0) for _ in range(2))
+    about.source_mean = torch.zeros(D_IN, dtype=torch.float64)
+    grads = params.map(torch.ones_like)
+    for state in (plain, about):
+        update_(state, grads.map(torch.clone), 0.05, (0.8, 0.95))
+    torch.testing.assert_close(about.params.b_enc - params.b_enc, BIAS_RATE * (plain.params.b_enc - params.b_enc))
+    assert torch.equal(about.params.W_enc, plain.params.W_enc)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_learning_about_a_mean_is_learning_from_centred_sources(skip: bool) -> None:
+    params, mean = make_params(), torch.linspace(-2, 3, D_IN, dtype=torch.float64)
+    if skip:
+        params.W_skip = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    centred = TrainState.initial(params.map(torch.clone), 1.0, 1.0)
+    centred.params.b_enc += mean @ params.W_enc
+    if params.W_skip is not None:
+        centred.params.b_dec += mean @ params.W_skip
+    about = replace(TrainState.initial(params, 1.0, 1.0), source_mean=mean)
+    centred.source_mean = torch.zeros_like(mean)
+    cell = step_cell(n_batches_to_dead=2, skip=skip)
+    for i in range(6):
+        x, y = make_batch(seed=i)
+        slices = (cell.capacity, cell.schedule, cell.revival)
+        want = train_step_(centred, x, y, *slices)
+        found = train_step_(about, x + mean, y, *slices)
+        torch.testing.assert_close(found.loss.total, want.loss.total)
+    assert found.n_dead > 0
+    at_zero, at_mean = about.params, centred.params
+    torch.testing.assert_close(at_zero.b_enc + mean @ at_zero.W_enc, at_mean.b_enc)
+    b_dec = at_zero.b_dec if at_zero.W_skip is None else at_zero.b_dec + mean @ at_zero.W_skip
+    torch.testing.assert_close(b_dec, at_mean.b_dec)
+    for name in ("W_enc", "W_dec", *(["W_skip"] if skip else [])):
+        torch.testing.assert_close(getattr(at_zero, name), getattr(at_mean, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,6 +1,7 @@
 """How gradients change the state: Adam on unit-norm decoder rows, a range of latents at a time."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,10 @@ __all__ = ["normalise_rows_", "update_", "update_latents_", "update_shared_"]
 SKIP_RATE = 0.2
 """Learning rate of the linear map beside the latents, as a share of theirs. Adam moves all its weights at once, and
 what they write adds up over the width of the source: at the full rate small dimensions of the target are drowned."""
+
+BIAS_RATE = 10.0
+"""Learning rate of the encoder's biases where the weights turn about the mean of the source, as a multiple of theirs. A
+step of the weights moves a latent by as much as the source is wide, one of the bias by itself alone."""
 
 
 def update_(state: TrainState, gradients: Parameters, lr: float, betas: tuple[float, ...]) -> None:
@@ -37,14 +42,21 @@ def update_latents_(
 
     The part of the decoder's gradient along each row is removed first: the renormalisation afterwards would undo
     it, and it would only disturb the moments.
+
+    About a `source_mean` m the weights w turn so that w @ m + b, what a latent has at the mean, changes with the bias
+    alone. Else all tokens' latents would move together with every step of w.
     """
 
     def weights(params: Parameters) -> list[Tensor]:
-        return [params.W_enc.T[latents], params.b_enc[latents], params.W_dec[latents]]
+        return [params.W_enc.T[latents], params.W_dec[latents]]
 
+    bias_lr = lr if state.source_mean is None else lr * BIAS_RATE
     rows = state.params.W_dec[latents]
     decoder -= (decoder * rows).sum(dim=1, keepdim=True) * rows
-    adam_(state, weights, [encoder, bias, decoder], lr, betas)
+    turned = turning(state.params.W_enc.T[latents], encoder, state.params.b_enc[latents], bias, state.source_mean)
+    with turned, shortened(rows, state.write_rates):
+        adam_(state, weights, [encoder, decoder], lr, betas)
+        adam_(state, lambda params: [params.b_enc[latents]], [bias], bias_lr, betas)
     normalise_rows_(rows)
 
 
@@ -56,9 +68,51 @@ def update_shared_(
     betas: tuple[float, ...],
 ) -> None:
     """The Adam step of what belongs to no latent, from the gradients of the decoder's bias and of the linear map."""
-    adam_(state, lambda params: [params.b_dec], [b_dec], lr, betas)
+    with shortened(state.params.b_dec, state.write_rates):
+        adam_(state, lambda params: [params.b_dec], [b_dec], lr, betas)
     if W_skip is not None:
-        adam_(state, lambda params: [params.W_skip], [W_skip.contiguous()], lr * SKIP_RATE, betas)  # type: ignore[list-item]
+        assert state.params.W_skip is not None
+        W_skip = W_skip.contiguous()
+        turned = turning(state.params.W_skip.T, W_skip.T, state.params.b_dec, b_dec, state.source_mean)
+        with turned, shortened(state.params.W_skip, state.write_rates):
+            adam_(state, lambda params: [params.W_skip], [W_skip], lr * SKIP_RATE, betas)  # type: ignore[list-item]
+
+
+@contextlib.contextmanager
+def turning(
+    weights: Float[Tensor, "n d_in"],
+    d_weights: Float[Tensor, "n d_in"],
+    bias: Float[Tensor, " n"],
+    d_bias: Float[Tensor, " n"],
+    mean: Float[Tensor, " d_in"] | None,
+) -> Iterator[None]:
+    """Make gradients those of weights on `source - mean`, and let the bias take up what the weights then do at the
+    mean; nothing without a mean.
+
+    In terms of source - mean the bias is b + w @ mean, so the gradient of w, with that held fixed, loses d_b * mean.
+    """
+    if mean is None:
+        yield
+        return
+    d_weights -= d_bias.unsqueeze(1) * mean
+    before = (weights * mean).sum(dim=1)
+    yield
+    bias -= (weights * mean).sum(dim=1) - before
+
+
+@contextlib.contextmanager
+def shortened(weights: Float[Tensor, "*n d_out"], rates: Float[Tensor, " d_out"] | None) -> Iterator[None]:
+    """Let what happens inside move the weights by these shares of the way only; without rates, all of it.
+
+    Adam's steps are as long for a dimension that hardly varies as for one that varies a hundred times as much; the
+    small ones would be drowned in them.
+    """
+    if rates is None:
+        yield
+        return
+    before = weights.clone()
+    yield
+    weights.sub_(before).mul_(rates).add_(before)
 
 
 def adam_(
