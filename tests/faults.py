@@ -265,7 +265,8 @@ def share_a_folder(
         where = (f"dataset_path={root / 'text.txt'}", f"results_dir={root / name}", f"cache_dir={root / 'cache'}")
         arguments = [f"hydra/launcher={launcher}", f"seed={seeds}", f"steps={steps}", "keep_checkpoints=true", *where]
         work = partial(sweep_command, ["-m", *STREAM, *training, *arguments])
-        return sweeper(work, root / f"{name}_{number}.printed", before=partial(set_clock, number - 1), **how)
+        printed = root / f"{name}_{number}.printed"
+        return sweeper(work, printed, timeout=3600, before=partial(set_clock, number - 1), **how)
 
     def until_it_ends(number: int) -> str:
         """What the last start printed."""
