@@ -40,6 +40,8 @@ def ours(learn_: Learn) -> Make:
     def make(case: Case) -> Step:
         state = TrainState.initial(initial_parameters(case), source_scale=1.0, target_scale=1.0)
         state.batches_since_fired[dead_latents(case)] = REVIVAL.n_batches_to_dead
+        zeros = torch.zeros(case.d, device=case.device)
+        state.source_mean, state.write_rates = zeros, zeros + 1  # the default fits steps to the site, which takes time
         capacity = Capacity(case.dict_size, case.top_k, "batch_top_k", case.groups)
         schedule = Schedule(LR, 1 << 30, case.batch, 0, "constant", LR, BETAS, "float32")
 

@@ -94,7 +94,7 @@ def turning(
     if mean is None:
         yield
         return
-    d_weights -= d_bias.unsqueeze(1) * mean
+    d_weights.addr_(d_bias, mean, alpha=-1)
     before = (weights * mean).sum(dim=1)
     yield
     bias -= (weights * mean).sum(dim=1) - before
@@ -112,7 +112,7 @@ def shortened(weights: Float[Tensor, "*n d_out"], rates: Float[Tensor, " d_out"]
         return
     before = weights.clone()
     yield
-    weights.sub_(before).mul_(rates).add_(before)
+    torch.lerp(before, weights, rates.expand_as(weights), out=weights)
 
 
 def adam_(
