@@ -68,7 +68,8 @@ class Bench:
     root: Path
     sweeper: Sweeper
     reference: ResultsFolder
-    unbroken: Ended
+    life: float
+    """Seconds of the processor that it took."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -103,7 +104,7 @@ def bench(root: Path | None = None) -> Iterator[Bench]:
     sweeper = Sweeper()
     ended = run_command(sweeper, root, root / "reference", SEEDS)
     assert ended.code == 0, ended.printed
-    yield Bench(root, sweeper, ResultsFolder(root / "reference"), ended)
+    yield Bench(root, sweeper, ResultsFolder(root / "reference"), ended.processor)
     shutil.rmtree(root)
 
 
@@ -142,25 +143,23 @@ def main() -> None:
 def kill(n: int = 200, seed: int = 0) -> None:
     """SIGKILL at random moments of the whole life of a sweep; the same command, or one of other gangs, until done."""
     with bench() as each:
-        typer.echo(f"unbroken: {len(each.cells)} cells in {each.unbroken.processor:.1f} s of the processor")
+        typer.echo(f"unbroken: {len(each.cells)} cells in {each.life:.1f} s of the processor")
         places = kill_at_random(each, n, seed)
         typer.echo(f"{n} kills, all cells byte-identical; killed in: {places.most_common()}")
 
 
 def kill_at_random(each: Bench, n: int, seed: int, *, command: bool = True) -> "Counter[str]":
-    """Where the kills hit: half of them anywhere, half after the first step, as most of so short a life is start-up.
-    Every sweep is killed until it has survived, then held against the reference."""
+    """Where the kills hit. Every sweep is killed until it has survived, then held against the reference."""
     draw = random.Random(seed)
     places: Counter[str] = Counter()
-    whole = each.unbroken if command else each.run(each.root / "whole", command=False)
+    life = each.life if command else each.run(each.root / "life", command=False).processor
     sweep = 0
     while places.total() < n:
         sweep += 1
         folder = each.root / f"sweep_{sweep}"
         while True:
             grid = draw.choice(GANGS) if places.total() < n else SEEDS
-            begin = draw.choice((0.0, whole.processor_start_up))
-            after = draw.uniform(begin, whole.processor) if places.total() < n else None
+            after = draw.uniform(0, life) if places.total() < n else None
             ended = each.run(folder, grid, command=command, kill_after=after, clock="processor")
             assert ended.code in (0, -9), ended.printed
             n_done = check_visible(folder, each.reference)
