@@ -183,7 +183,7 @@ class Clean:
     def _surprise(self, log_probs: Float[Tensor, "n vocabulary"], piece: slice) -> Float[Tensor, " n"]:
         return -log_probs.gather(-1, self._next[piece, None])[:, 0].double()
 
-    def _per_row(self, parts: list[Float[Tensor, " n"]]) -> Float[Tensor, " rows"]:
+    def _per_row(self, parts: list[Float[Tensor, " _"]]) -> Float[Tensor, " rows"]:
         return torch.cat(parts).view(self._n_rows, -1).sum(1)
 
 

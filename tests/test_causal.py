@@ -16,7 +16,7 @@ from sweep import causal
 from sweep.causal import CausalRows, Effect, causal_effects
 from sweep.config import Site
 from sweep.errors import Interrupted, ModelError
-from sweep.language_model import LanguageModel
+from sweep.language_model import Forward, LanguageModel
 from sweep.model_files import quiet_transformers
 from sweep.paths import CacheFolder
 from sweep.results import CAUSAL_METRICS
@@ -235,3 +235,14 @@ def test_no_rows_asked_for_leaves_the_columns_null(cache: CacheFolder, tmp_path:
     row = pl.read_parquet(results.row("runs", make_cell(steps=2).cell_id)).row(0, named=True)
     assert all(row[name] is None for name in CAUSAL_METRICS)
     assert "ce_" not in results.cell(make_cell(steps=2).cell_id).summary.read_text()
+
+
+def test_pieces_of_unlike_length_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary is held against the clean pass a few tokens at a time, the last of them fewer."""
+    rows, logits = torch.randint(11, (3, 9)), torch.randn(2, 3, 9, 11)
+    whole = causal.Clean(Forward(rows, logits[0], {}, {})).against(logits[1])
+    monkeypatch.setattr("sweep.metrics.MAX_BYTES", 4 * 11 * 8)
+    clean = causal.Clean(Forward(rows, logits[0], {}, {}))
+    assert [piece.stop - piece.start for piece in clean._pieces()] == [8, 8, 5]
+    for sums, expected in zip(clean.against(logits[1]), whole, strict=True):
+        torch.testing.assert_close(sums, expected)
