@@ -137,7 +137,7 @@ def _verify(path: Path) -> None:
 
 def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
     width, model = cell.capacity.dict_size, cell.model
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (model.d_in, width),
         "b_enc": (width,),
         "W_dec": (width, model.d_out),
@@ -145,16 +145,15 @@ def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
     }
     if cell.capacity.skip:
         shapes["W_skip"] = (model.d_in, model.d_out)
-    for params in (state.params, state.first_moments, state.second_moments):
-        if missing := shapes.keys() ^ dict(params.items()).keys():
+    fitted: dict[str, tuple[int, ...]] = {}
+    if cell.schedule.rate_by_spread:
+        fitted["write_rates"] = (model.d_out,)
+    if cell.schedule.centre_source:
+        fitted["source_mean"] = (model.d_in,)
+    weights = [dict(params.items()) for params in (state.params, state.first_moments, state.second_moments)]
+    for tensors, wanted in (*((part, shapes) for part in weights), (state.fitted, fitted)):
+        if missing := wanted.keys() ^ tensors.keys():
             raise CheckpointError(f"{path}: {', '.join(sorted(missing))} is missing, or not of this cell")
-        for name, tensor in params.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32:
-                raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]}")
-    for name, wanted, width in (
-        ("write_rates", cell.schedule.rate_by_spread, model.d_out),
-        ("source_mean", cell.schedule.centre_source, model.d_in),
-    ):
-        tensor = getattr(state, name)
-        if (tensor is not None) != wanted or (wanted and tuple(tensor.shape) != (width,)):
-            raise CheckpointError(f"{path}: {name} is missing, or not of this cell")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != wanted[name] or tensor.dtype != torch.float32:
+                raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted[name]}")

@@ -61,13 +61,17 @@ class TrainState:
         """What the learning rate of the next step is multiplied by: lowered once for each rollback that covers it."""
         return LOWERED ** sum(begin <= self.step for begin in self.rollbacks)
 
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """What fits steps to the site, as far as the schedule asks for it."""
+        tensors = {"write_rates": self.write_rates, "source_mean": self.source_mean}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under a unique name."""
         parts = {"params": self.params, "first_moments": self.first_moments, "second_moments": self.second_moments}
         named = {f"{part}.{name}": tensor for part, params in parts.items() for name, tensor in params.items()}
-        optional = {"write_rates": self.write_rates, "source_mean": self.source_mean}
-        there = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        return {**named, "batches_since_fired": self.batches_since_fired, **there}
+        return {**named, "batches_since_fired": self.batches_since_fired, **self.fitted}
 
     def scalars(self) -> dict[str, Any]:
         """Everything else, as JSON values; floats survive JSON exactly."""
