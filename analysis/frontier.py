@@ -114,10 +114,9 @@ def place(cells: Sums, baselines: Sums, n_resamples: int = N_RESAMPLES) -> Place
         raise ValueError("no baseline has a loss and an L0 above zero")
     n_sequences = len(cells.n_tokens)
     draws = counts(n_sequences, n_resamples if n_sequences > 1 else 0)
-    stretch = _stretch(n_sequences) if n_sequences > 1 else 1.0
     edge = _sorted(*_log_points(baselines.part(chosen), draws))
     n = len(cells.loss)
-    parts = [_place(cells.part(slice(i, i + CELLS_AT_ONCE)), edge, draws, stretch) for i in range(0, n, CELLS_AT_ONCE)]
+    parts = [_place(cells.part(slice(i, i + CELLS_AT_ONCE)), edge, draws) for i in range(0, n, CELLS_AT_ONCE)]
     placements = [placement for part in parts for placement in part.placements]
     return Placed(placements, np.concatenate([part.log_ratios for part in parts], 1) if parts else np.empty((0, 0)))
 
@@ -156,13 +155,18 @@ def interpolate(xs: Array, ys: Array, x: Array) -> Array:
 
 
 def _stretch(n_sequences: int) -> float:
-    """How much further the truth lies than draws with replacement do, as for Student's interval of a mean."""
+    """How much further the truth lies than draws with replacement do, as for Student's interval of a mean. Of one
+    sequence there are no draws.
+    """
+    if n_sequences < 2:
+        return 1.0
     return math.sqrt(n_sequences / (n_sequences - 1)) * t_quantile(n_sequences - 1) / Z_975
 
 
-def _place(cells: Sums, edge: tuple[Array, Array], draws: Array, stretch: float) -> Placed:
+def _place(cells: Sums, edge: tuple[Array, Array], draws: Array) -> Placed:
     (xs, ys), (x, y) = edge, _log_points(cells, draws)
     at = interpolate(xs, ys, x) if xs.shape[1] > 1 else np.where(x[0] == xs[0], ys, np.nan)
+    stretch = _stretch(draws.shape[1])
     log_ratios = _stretched(y - at, stretch)
     placements = [_placement(xs, ys, x[:, i], y[:, i], log_ratios[:, i], stretch) for i in range(x.shape[1])]
     return Placed(placements, log_ratios[1:])
