@@ -189,7 +189,6 @@ def claim(plan: Plan, jobs: Sequence[Job], venue: Venue, sweep_id: str, folders:
         free = [part(job, [cell for cell in job.cells if cell.cell_id not in taken]) for job in jobs]
         free = [job for job in free if job.cells]
         for cell in (cell for job in free for cell in job.cells):
-            remove_leftovers(results.cell(cell.cell_id).root, results.cell(cell.cell_id).config.name)
             freeze(cell, results)
             if plan.workflow.retry == "failed":
                 reopen(results, cell.cell_id)
@@ -340,6 +339,8 @@ def record(plan: Plan, results: ResultsFolder) -> str:
 
 
 def freeze(cell: Cell, results: ResultsFolder) -> None:
+    """Write the cell's config, and remove what a killed launcher left of one; the caller holds the folder's lock."""
     folder = results.cell(cell.cell_id)
     folder.root.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.root, folder.config.name)
     write_atomic(folder.config, as_json(cell).encode())
