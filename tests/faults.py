@@ -37,6 +37,7 @@ from sweeps import Ended, Sweeper, sweep_command
 
 from sweep.config import Cell, cell_from_json
 from sweep.errors import ResultsError
+from sweep.leftovers import settle
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import seal_holds
 from sweep.revisions import sha256_of_file
@@ -418,7 +419,11 @@ class SmallGang:
         return f"{n_done} cells done before" if disk.hit else "not reached"
 
     def run(self, folder: Path) -> ResultsFolder:
-        return run_cells(self.cells, make_workflow(folder, self.cache, checkpoint_steps=2))
+        """As a launcher does it, which first brings to an end what was killed after its row."""
+        workflow = make_workflow(folder, self.cache, checkpoint_steps=2)
+        for cell in self.cells:
+            settle(ResultsFolder(folder), cell.cell_id, keep_checkpoints=workflow.keep_checkpoints)
+        return run_cells(self.cells, workflow)
 
 
 @contextmanager
