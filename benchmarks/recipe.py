@@ -34,6 +34,7 @@ from sweep.config import Cell
 from sweep.evaluate import Predictor, evaluate
 from sweep.finish import finish
 from sweep.paths import write_json
+from sweep.schedule import n_refit_batches
 from sweep.state import TrainState
 from sweep.transcoder import Transcoder, load_transcoder, save_transcoder
 
@@ -43,8 +44,8 @@ RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 3e-2)
 COMPARED = (
     "ours",
     "ours, not nested",
-    "ours, linear map",
-    "ours, linear map, not nested",
+    "ours, no linear map",
+    "ours, no linear map, not nested",
     "simple",
     "simple, linear map",
     "sparsify",
@@ -266,7 +267,8 @@ def measure(recipe: Recipe, cell: Cell, stream: ActivationStream, place: Place) 
     except Diverged:
         return row, None
     calibration = [block[cell.site] for block in stream.split("calibration")]
-    transcoder = finish(state, cell, calibration, sum(len(block.source) for block in calibration))
+    sample = [batch[cell.site] for _, batch in stream.batches(0, n_refit_batches(cell))]
+    transcoder = finish(state, cell, calibration, sample)
     scores = calibrated(transcoder, cell, stream)
     return row | {"finite": True, **scores, "seconds": round(time.perf_counter() - started, 1)}, transcoder
 

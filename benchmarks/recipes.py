@@ -199,8 +199,8 @@ def by_peer(module: str) -> Callable[[Cell, Activations, Iterable[Activations], 
 
 
 NOT_NESTED = "group_fractions=[1.0]"
-MAP = "skip=true"
-PLAIN = ("rate_by_spread=false", "centre_source=false")
+MAP, NO_MAP = "skip=true", "skip=false"
+PLAIN = ("rate_by_spread=false", "centre_source=false", "refit_iterations=0", NO_MAP)
 SIMPLE = (*PLAIN, "activation=top_k", NOT_NESTED, "aux_penalty=0", "betas=[0.9,0.999]")
 BUSSMANN = (*PLAIN, "aux_penalty=0.03125", "top_k_aux=512", "n_batches_to_dead=20", "betas=[0.9,0.99]")
 NO_AUX = "aux_penalty=0"
@@ -210,10 +210,10 @@ FREE_FROM_ZERO = by_steps(from_data_zero_decoder, learning_by(adam_free_))
 RECIPES = {
     "ours": Recipe((), by_steps(from_data, sparse.learn_)),
     "ours, not nested": Recipe((NOT_NESTED,), by_steps(from_data, sparse.learn_)),
-    "ours, linear map": Recipe((MAP,), by_steps(from_data, sparse.learn_)),
-    "ours, linear map, not nested": Recipe((MAP, NOT_NESTED), by_steps(from_data, sparse.learn_)),
+    "ours, no linear map": Recipe((NO_MAP,), by_steps(from_data, sparse.learn_)),
+    "ours, no linear map, not nested": Recipe((NO_MAP, NOT_NESTED), by_steps(from_data, sparse.learn_)),
     "simple": Recipe(SIMPLE, by_steps(from_zero_decoder, learning_by(adam_free_))),
-    "simple, linear map": Recipe((MAP, *SIMPLE), by_steps(from_zero_decoder, learning_by(adam_free_))),
+    "simple, linear map": Recipe((*SIMPLE, MAP), by_steps(from_zero_decoder, learning_by(adam_free_))),
     "sparsify": Recipe(SIMPLE, by_peer("sparsify_recipe"), cost=1.5, peer="sparsify"),
     "dictionary_learning": Recipe(PLAIN, by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),
     "SAELens": Recipe(PLAIN, by_peer("sae_lens_recipe"), cost=4, peer="sae_lens"),

@@ -87,15 +87,21 @@ class ActivationStream:
         sites = tuple(dict.fromkeys((*self.sites, *also)))
         return (self.blocks.read(split, [block], sites)[0] for block in range(self.blocks.count(split)))
 
-    def demand(self, n_batches: int) -> "Demand":
-        """What the first `n_batches` batches, calibration and evaluation ask of the blocks."""
+    def demand(self, n_batches: int, n_again: int = 0) -> "Demand":
+        """What the first `n_batches` batches, the first `n_again` once more, calibration and evaluation ask of the
+        blocks."""
+        blocks, n_train = self._asked_by(n_batches)
+        _, n_repeated = self._asked_by(n_again) if n_again else (set(), 0)
+        others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
+        return Demand(frozenset([*(("train", block) for block in blocks), *others]), n_train + n_repeated + len(others))
+
+    def _asked_by(self, n_batches: int) -> tuple[set[int], int]:
+        """The training blocks that the first batches need, and how many times one is read for them."""
         last, _ = self._locate(n_batches * self.config.batch_size - 1)
         full_epochs, windows_of_last = divmod(last + 1, self.windows_per_epoch)
         started = [self._blocks_of(full_epochs * self.windows_per_epoch + w) for w in range(windows_of_last)]
-        blocks = list(range(self.n_blocks)) if full_epochs else [block for window in started for block in window]
-        others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
-        n_train = full_epochs * self.n_blocks + sum(map(len, started))
-        return Demand(frozenset([*(("train", block) for block in blocks), *others]), n_train + len(others))
+        blocks = set(range(self.n_blocks)) if full_epochs else {block for window in started for block in window}
+        return blocks, full_epochs * self.n_blocks + sum(map(len, started))
 
     def _window(self, number: int) -> "Window":
         """Window `number`, counted over all epochs. The last one read is kept."""

@@ -122,9 +122,15 @@ class Schedule:
         "encoder and linear map learn as if the source had a mean of zero; what is saved reads the source as it is",
         default=False,
     )
+    refit_iterations: int = option(
+        "iterations at most that fit decoder, bias and linear map to the latents after the last step; 0: none",
+        unit="iterations",
+        default=0,
+    )
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, batch_size=self.batch_size)
+        yield from at_least(0, refit_iterations=self.refit_iterations)
         if self.steps < 1:
             yield f"steps={self.steps} must be at least 1; where not given it is n_tokens * epochs // batch_size"
         yield from at_least(0, warmup_steps=self.warmup_steps)

@@ -1,10 +1,10 @@
-"""After the last step: fit the inference threshold, a pure function of the final weights.
+"""After the last step: fit the inference threshold, then what is behind the latents. Pure functions of the weights.
 
 Batch top-k looks at a whole batch, inference at one token. The threshold that replaces it is the pooled quantile
 of the pre-latents over the calibration split at which `top_k` latents per token are active on average.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sweep.config import Cell
 from sweep.language_model import Activations
+from sweep.refit import refit
 from sweep.state import TrainState
 from sweep.transcoder import Parameters, Transcoder, fold, pre_latents
 
@@ -23,17 +24,35 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 @torch.no_grad()
-def finish(state: TrainState, cell: Cell, calibration: Iterable[Activations], n_tokens: int) -> Transcoder:
+def finish(
+    state: TrainState,
+    cell: Cell,
+    calibration: Sequence[Activations],
+    sample: Sequence[Activations] = (),
+    tick: Callable[[int], None] = lambda done: None,
+) -> Transcoder:
     """The transcoder in raw units, with its threshold if the activation rule needs one.
 
-    `calibration` holds `n_tokens` tokens of the cell's own site.
+    `calibration` and `sample`, which the refit learns from if there is one, are of the cell's own site. `tick` is told
+    how many iterations of it are done.
     """
     params = replace(state.params, W_enc=state.params.W_enc.contiguous())  # as it is saved: rounds as inference will
     threshold = None
     if cell.capacity.activation == "batch_top_k":
         sources = (activations.source * state.source_scale for activations in calibration)
+        n_tokens = sum(len(activations.source) for activations in calibration)
         threshold = fit_threshold(params, sources, n_tokens, cell.capacity.top_k)
+    if sample:
+        pair = scaled(state, sample), scaled(state, calibration)
+        params = refit(params, cell.capacity, threshold, *pair, cell.schedule.refit_iterations, tick)
     return fold(params, cell.capacity, state.source_scale, state.target_scale, threshold)
+
+
+def scaled(state: TrainState, parts: Sequence[Activations]) -> Activations:
+    """End to end, as training sees them."""
+    dtype = state.params.W_enc.dtype
+    source, target = (torch.cat([part[i] for part in parts]).to(dtype) for i in (0, 1))
+    return Activations(source.mul_(state.source_scale), target.mul_(state.target_scale))
 
 
 def fit_threshold(params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]], n_tokens: int, top_k: int) -> float:

@@ -34,6 +34,7 @@ from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import Progress, Report
 from sweep.revisions import layers_in, weights_hash
+from sweep.schedule import n_refit_batches
 from sweep.state import TrainState
 from sweep.tokens import prepare_tokens, tokens_folder
 from sweep.train import Run, SaveClock, train
@@ -163,7 +164,8 @@ def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.Ex
     if isinstance(blocks, CachedBlocks):
         stack.enter_context(in_use(blocks.folder))
     if gang.members:
-        demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps)
+        n_again = max(n_refit_batches(member.cell) for member in gang.members)
+        demand = ActivationStream(config, blocks, gang.sites).demand(gang.steps, n_again)
         harvested.n_expected = blocks.n_missing(demand, gang.sites)
     if harvested.n_expected:
         model = harvested.language_model()
@@ -226,15 +228,24 @@ def report_training(gang: Gang, step: int, report: Report) -> None:
 
 
 def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
-    """Fit the members' thresholds on the calibration split."""
+    """Fit the members' thresholds on the calibration split, and on the first batches what is behind the latents."""
     split = list(place.stream.split("calibration"))
+    cells = [member.cell for member in gang.members]
+    batches = [batch for _, batch in place.stream.batches(0, max(map(n_refit_batches, cells)))]
 
     def fit(member: Member) -> None:
         assert member.run is not None
-        site = member.cell.site
-        n_tokens = sum(len(block[site].source) for block in split)
-        member.transcoder = finish(member.run.state, member.cell, (block[site] for block in split), n_tokens)
-        report("fit thresholds", gang.members.index(member) + 1, len(gang.members), "cells")
+        cell, at = member.cell, cells.index(member.cell)
+        calibration, sample = (
+            [batch[cell.site] for batch in part] for part in (split, batches[: n_refit_batches(cell)])
+        )
+        n_iterations = [each.schedule.refit_iterations for each in cells]
+
+        def tick(done: int) -> None:
+            report("fit decoders", sum(n_iterations[:at]) + done, sum(n_iterations), "iterations")
+
+        member.transcoder = finish(member.run.state, cell, calibration, sample, tick)
+        report("fit thresholds", at + 1, len(cells), "cells")
 
     gang.attempt_all(fit)
 

@@ -1,13 +1,17 @@
-"""The learning rate of a step, and where a run goes back to when its loss is no number: pure."""
+"""The learning rate of a step, where a run goes back to when its loss is no number, what it refits on: pure."""
 
 import math
 
-from sweep.config import Schedule
+from sweep.config import Cell, Schedule
+from sweep.tokens import row_counts
 
-__all__ = ["is_stage", "learning_rate", "stage_before"]
+__all__ = ["is_stage", "learning_rate", "n_refit_batches", "stage_before"]
 
 N_STAGES = 20
 """Parts of a run. Their ends are where its weights are looked at, and where it may go back to."""
+
+SAMPLE_BYTES = 1 << 29
+"""Activations of a site held at once: 104,857 tokens of 640 dimensions each way."""
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
@@ -40,3 +44,14 @@ def stage_before(step: int, schedule: Schedule) -> int:
     """The end of the last stage before a step, in steps taken; 0 in the first stage."""
     every = stage_steps(schedule)
     return max(step - 1, 0) // every * every
+
+
+def n_refit_batches(cell: Cell) -> int:
+    """How many of the first batches what is behind the latents is fitted to after the last step: at most an epoch of
+    them, and none that training has not seen."""
+    if not cell.schedule.refit_iterations:
+        return 0
+    n_bytes = 4 * cell.schedule.batch_size * (cell.model.d_in + cell.model.d_out)
+    n_tokens = row_counts(cell.data)["train"] * (cell.data.seq_len - 1)
+    epoch = max(n_tokens // cell.schedule.batch_size, 1)
+    return min(cell.schedule.steps, epoch, max(SAMPLE_BYTES // n_bytes, 1))

@@ -18,11 +18,11 @@ __all__ = ["GANG", "make_workflow", "run_cells", "same_bytes"]
 
 GANG: list[dict[str, Any]] = [
     {},
-    {"layer": 2, "dict_size": 96, "top_k": 6, "steps": 45, "seed": 3},
-    {"hook_in": "norm_unit", "lr": 1e-2, "activation": "top_k", "decay": "cosine"},
+    {"layer": 2, "dict_size": 96, "top_k": 6, "steps": 45, "seed": 3, "skip": True, "refit_iterations": 2},
+    {"hook_in": "norm_unit", "lr": 1e-2, "activation": "top_k", "decay": "cosine", "refit_iterations": 3},
     {"n_batches_to_dead": 2, "aux_penalty": 0.5, "dict_size": 128, "top_k": 2, "steps": 37},
 ]
-"""Cells of different layer, hook, width, k, lr, steps, seed, activation and revival on one stream."""
+"""Cells of different layer, hook, width, k, lr, steps, seed, activation, revival and refit on one stream."""
 
 
 def make_workflow(root: Path, cache: CacheFolder, **overrides: Any) -> Workflow:

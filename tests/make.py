@@ -52,6 +52,7 @@ OPTIONS: dict[str, Any] = {
     "step_dtype": "float32",
     "rate_by_spread": False,
     "centre_source": False,
+    "refit_iterations": 0,
     "epochs": 1.0,
     # revival
     "aux_penalty": 1 / 8,

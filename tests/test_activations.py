@@ -116,6 +116,8 @@ def test_demand_is_what_the_batches_ask_for(n_batches: int) -> None:
     demand = stream.demand(n_batches)
     assert demand.n_reads == len(stream.blocks.reads) + 2
     assert demand.blocks == {*stream.blocks.reads, ("calibration", 0), ("heldout", 0)}
+    twice = stream.demand(n_batches, n_batches)
+    assert (twice.blocks, twice.n_reads) == (demand.blocks, 2 * demand.n_reads - 2)
 
 
 def test_demand_of_a_very_long_run_is_told_at_once() -> None:

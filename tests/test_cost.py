@@ -83,14 +83,18 @@ def test_a_gang_costs_one_pass_and_each_cell_its_training() -> None:
 
 def test_training_is_counted_by_the_encoders_product() -> None:
     assert training_flops(make_cell(dict_size=64, steps=10, batch_size=64)) == 10 * 64 * 2 * 64 * 32
+    refitted = make_cell(dict_size=64, steps=10, batch_size=64, refit_iterations=2)
+    assert training_flops(refitted) == 20 * 64 * 2 * 64 * 32
 
 
-@pytest.mark.parametrize(("steps", "cache_gib"), [(1, 1.0), (70, 1.0), (101, 1.0), (101, 0.0)])
+@pytest.mark.parametrize(
+    ("steps", "cache_gib", "refit"), [(1, 1.0, 0), (70, 1.0, 1), (101, 1.0, 0), (101, 0.0, 0), (101, 0.0, 1)]
+)
 def test_tokens_are_those_a_job_sends_through_the_language_model(
-    steps: int, cache_gib: float, tmp_path: Path, cache: CacheFolder
+    steps: int, cache_gib: float, refit: int, tmp_path: Path, cache: CacheFolder
 ) -> None:
     budgets: dict[str, Any] = {"n_tokens": 6200, "n_calibration_tokens": 300, "n_heldout_tokens": 600}
-    cell = make_cell(steps=steps, dict_size=16, **budgets)
+    cell = make_cell(steps=steps, dict_size=16, refit_iterations=refit, **budgets)
     own = CacheFolder(tmp_path / "cache")
     (own.root / "models").mkdir(parents=True)
     for path in (cache.root / "models").glob("tiny-1*"):
@@ -131,7 +135,7 @@ def test_the_language_model_takes_memory_once_per_job_and_only_where_it_runs() -
 
 def test_gangs_are_divided_so_that_every_job_fits_with_its_own_language_model() -> None:
     gang = [replace(cell, seed=seed) for cell in readme_gang("dict_size=36864") for seed in range(6)]
-    room = 5 * 2**30
+    room = 6 * 2**30
     jobs = divide([gang], [Slot(None, 2, room)], lambda cells: gang_cost(cells, EMPTY).memory_bytes, training_flops)
     assert [len(job.cells) for job in jobs] == [3, 3]
     assert all(job.memory_bytes <= room < gang_cost([*job.cells, gang[0]], EMPTY).memory_bytes for job in jobs)

@@ -56,7 +56,7 @@ def test_finish_fits_batch_top_k_and_leaves_top_k_alone() -> None:
         cell = make_cell(activation=activation)
         state = initial_state(source, target, cell.capacity, seed=0)
         split = [Activations(source[:200], target[:200]), Activations(source[200:], target[200:])]
-        transcoder = finish(state, cell, split, 400)
+        transcoder = finish(state, cell, split)
         latents = transcoder.encode(source)
         assert (transcoder.threshold is None) == (activation == "top_k")
         assert float((latents > 0).sum(dim=1).float().mean()) == 4.0
@@ -69,7 +69,7 @@ def test_what_is_saved_predicts_as_training_does_in_raw_units() -> None:
     assert state.params.W_skip is not None and state.params.W_skip.eq(0).all()
     p = state.params.map(lambda tensor: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
     state.params = p
-    transcoder = finish(state, cell, [Activations(source, target)], 400)
+    transcoder = finish(state, cell, [Activations(source, target)])
     scaled = source * state.source_scale
     pre = scaled @ p.W_enc + p.b_enc
     kept = torch.where(pre > pre.flatten().topk(1601).values[-1], pre, 0)
@@ -83,6 +83,6 @@ def test_finish_changes_nothing_in_the_state() -> None:
     cell = make_cell()
     state = initial_state(source, target, cell.capacity, seed=0)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    transcoder = finish(state, cell, [Activations(source, target)], 400)
+    transcoder = finish(state, cell, [Activations(source, target)])
     transcoder.W_dec.zero_()
     assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())

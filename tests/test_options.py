@@ -67,7 +67,7 @@ SCIENCE: dict[str, Any] = {
     "n_batches_to_dead": 7, "model_revision": "2", "layer": 2, "hook_in": "resid_mid", "hook_out": "resid_mid",
     "seq_len": 64, "n_tokens": 4096, "n_calibration_tokens": 256, "n_heldout_tokens": 256, "data_seed": 1, "seed": 1,
     "activation_dtype": "bfloat16", "model_dtype": "bfloat16", "step_dtype": "bfloat16", "skip": True,
-    "rate_by_spread": True, "centre_source": True,
+    "rate_by_spread": True, "centre_source": True, "refit_iterations": 3,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The learning rate: warm-up, decay, and an end at min_lr."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from make import make_cell
 
 from sweep.config import Schedule
-from sweep.schedule import learning_rate
+from sweep.schedule import learning_rate, n_refit_batches
+from sweep.tokens import row_counts
 
 
 def schedule(decay: str = "linear", steps: int = 100, warmup: int = 10, min_lr: float = 1e-5) -> Schedule:
@@ -52,3 +54,18 @@ def test_learning_rate_stays_in_bounds_and_falls_after_warmup(
         assert rates[-1] == min_lr
     after = rates[max(warmup - 1, 0) :]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(after))
+
+
+def test_the_sample_is_no_more_than_training_saw_an_epoch_or_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(**options: Any) -> int:
+        return n_refit_batches(make_cell(**{"refit_iterations": 1, **options}))
+
+    cell = make_cell()
+    epoch = row_counts(cell.data)["train"] * (cell.data.seq_len - 1) // cell.schedule.batch_size
+    assert size(refit_iterations=0) == 0
+    assert size(steps=3) == 3
+    assert size(steps=10 * epoch) == epoch
+    monkeypatch.setattr("sweep.schedule.SAMPLE_BYTES", 2 * 4 * 64 * (cell.model.d_in + cell.model.d_out))
+    assert size(steps=10 * epoch) == 2
+    monkeypatch.setattr("sweep.schedule.SAMPLE_BYTES", 1)
+    assert size(steps=10 * epoch) == 1

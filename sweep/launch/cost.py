@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from sweep.cached import Cached, Processor
 from sweep.config import Cell, Model, Site, StreamConfig
+from sweep.schedule import n_refit_batches
 from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK, row_bytes, row_counts
 
 __all__ = ["Beside", "Cost", "Setting", "gang_cost", "machine_flops", "training_flops"]
@@ -42,6 +43,9 @@ ACTIVATIONS_IN_FLIGHT = 20
 
 LATENT_ENTRY_BYTES = 64
 """An active latent in the sparse step: its place, value and gradient, and their sorted copies."""
+
+REFIT_MATRICES = 7
+"""Weights, the best of them, residuals, directions and what they turn into, by latent."""
 
 DENSE_LATENTS = 6
 """Tensors of batch x dict_size that autograd holds in the dense step on a GPU."""
@@ -161,7 +165,9 @@ def reads(gang: Sequence[Cell], setting: Setting, others: Collection[Site], *, k
     epochs, rest = divmod(n_tokens, rows["train"] * (seq_len - 1))
     of_last = min(-(-rest // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
     if not keeps:
-        train = (epochs * n_blocks + of_last) * ROWS_PER_BLOCK
+        n_again = max(map(n_refit_batches, gang)) * stream.batch_size
+        again = min(-(-n_again // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
+        train = (epochs * n_blocks + of_last + again) * ROWS_PER_BLOCK
         return (train + rows["calibration"] + rows["heldout"]) * seq_len, 0
     sites = {cell.site for cell in gang}
     there = setting.cached.n_blocks(stream, sites, setting.processor)
@@ -189,7 +195,8 @@ def memory(
     window = 2 * BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * row_bytes(model, stream.data) * n_sites
     cells = 4.0 * sum(4 * cell.n_train_params for cell in gang)  # weights, two moments, the folded copy at the end
     baselines = 4.0 * sum(one.dict_size * (model.d_in + model.d_out) for one in beside)
-    training = PROCESS_BYTES + window + cells + baselines + max(step_bytes(cell, processor) for cell in gang)
+    beside_cells = max(max(step_bytes(cell, processor), refit_bytes(cell, n_sites)) for cell in gang)
+    training = PROCESS_BYTES + window + cells + baselines + beside_cells
     if harvests or setting.n_causal_rows:
         training += language_model_bytes(stream)
     converting = PROCESS_BYTES + 2 * 4.0 * n_params(model) if to_convert else 0.0
@@ -205,6 +212,16 @@ def step_bytes(cell: Cell, processor: Processor) -> float:
     return schedule.batch_size * (rows + LATENT_ENTRY_BYTES * (capacity.top_k + cell.revival.top_k_aux))
 
 
+def refit_bytes(cell: Cell, n_sites: int) -> float:
+    """What a refit takes beside weights and moments: activations of all sites and the scaled ones of its own, active
+    latents in two orders, and some matrices of the decoder's size."""
+    n_tokens, model = n_refit_batches(cell) * cell.schedule.batch_size, cell.model
+    if not n_tokens:
+        return 0.0
+    per_token = 4 * (model.d_in + model.d_out) * (n_sites + 1) + 16 * cell.capacity.top_k
+    return n_tokens * per_token + 4.0 * REFIT_MATRICES * cell.capacity.dict_size * model.d_out
+
+
 def language_model_bytes(stream: StreamConfig) -> float:
     """Weights, and what a pass over one block holds."""
     itemsize = {"float32": 4, "bfloat16": 2}[stream.model.model_dtype]
@@ -218,9 +235,12 @@ def n_params(model: Model) -> int:
 
 
 def training_flops(cell: Cell) -> float:
-    """Of the encoder's products, the larger part of a sparse step; 2 flops per weight and token."""
+    """Of the encoder's products, the larger part of a sparse step; 2 flops per weight and token.
+
+    A refit takes about as long as training on its sample once does.
+    """
     per_token = 2.0 * cell.capacity.dict_size * cell.model.d_in
-    return per_token * cell.schedule.steps * cell.schedule.batch_size
+    return per_token * (cell.schedule.steps + n_refit_batches(cell)) * cell.schedule.batch_size
 
 
 def scoring_flops(dict_size: int, stream: StreamConfig) -> float:

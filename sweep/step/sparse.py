@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -201,8 +201,8 @@ def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_valu
 
 def weighted_sums(
     rows: Float[Tensor, "m d"],
-    index: Int64[Tensor, " n"],
-    starts: Int64[Tensor, " n_sums"],
+    index: Int[Tensor, " n"],
+    starts: Int[Tensor, " n_sums"],
     weights: Float[Tensor, " n"],
 ) -> Float[Tensor, "n_sums d"]:
     """Sum i is that of rows[index] * weights over entries from starts[i] to starts[i + 1]."""

@@ -1,0 +1,231 @@
+"""After the last step: decoder, bias and linear map in closed form, for the latents as they are.
+
+Which latents are active, and how strongly, depends on the encoder alone. With that given the loss of the nested
+prefixes is a quadratic function of everything after it, and Adam stops some way above its minimum. So it is solved as
+in the method of optimal directions (Engan et al. 1999), by conjugate gradients from the trained weights, on the first
+batches of the training stream. Once the calibration split's loss stops falling, so do the iterations.
+
+A matrix of `weights` holds, row by row, the decoder of each latent, then what all tokens share: the linear map, if
+there is one, and the bias.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sweep.config import Capacity
+from sweep.language_model import Activations
+from sweep.step.active import Active, encode, entries, pre_latents_in_blocks
+from sweep.step.sparse import counted, weighted_sums
+from sweep.transcoder import Parameters
+
+__all__ = ["refit"]
+
+CHUNK_TOKENS = 4096
+"""Tokens at once: enough that sums over latents are long, few enough that what is decoded stays small."""
+
+BLOCK_BYTES = 4 << 20
+"""Pre-latents held at once."""
+
+DAMPING = 1e-4
+"""What is added to the second moments of the source before dividing by them, as a share of their mean."""
+
+Weights = Float[Tensor, "n_rows d_out"]
+
+
+@torch.no_grad()
+def refit(
+    params: Parameters,
+    capacity: Capacity,
+    threshold: float | None,
+    sample: Activations,
+    calibration: Activations,
+    n_iterations: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Parameters:
+    """The parameters with decoder, bias and linear map fitted to the scaled activations of a sample.
+
+    `threshold` is that of inference, None where each token has its own `top_k`. `tick` is told how many iterations are
+    done.
+    """
+    designs = list(in_chunks(params, capacity, threshold, sample))
+    judges = list(in_chunks(params, capacity, threshold, calibration))
+
+    def loss(weights: Weights) -> float:
+        return sum(float(judge.errors(weights).square().sum(dtype=torch.float64)) for judge in judges)
+
+    weights = stacked(params)
+    best, least = weights, loss(weights)
+    normal = Normal.of(designs, capacity)
+    residual = torch.zeros_like(weights)
+    for design in designs:
+        design.add_back(design.errors(weights), residual)
+    direction = normal.divided(residual)
+    power = (residual * direction).sum(dim=0)
+    for done in range(n_iterations):
+        tick(done)
+        curved = normal.times(direction)
+        length = ratio(power, (direction * curved).sum(dim=0))  # each dimension of the target is a problem of its own
+        weights = weights + length * direction
+        if (found := loss(weights)) >= least:
+            break
+        best, least = weights, found
+        residual -= length * curved
+        towards = normal.divided(residual)
+        power, before = (residual * towards).sum(dim=0), power
+        direction = towards + ratio(power, before) * direction
+    tick(n_iterations)
+    return unstacked(best, params)
+
+
+@dataclass(frozen=True)
+class Design:
+    """Some tokens: their active latents, what they share, and what shall come out.
+
+    The active latents stand in it twice, sorted by the row they are added to, token * n_groups + group, and by latent;
+    in 32 bits, as those of the whole sample are held.
+    """
+
+    target: Float[Tensor, "n d_out"]
+    shared: Float[Tensor, "n n_shared"]
+    """The source if there is a linear map, and a column of ones for the bias."""
+    n_groups: int
+    latent: Int[Tensor, " n_active"]
+    value: Float[Tensor, " n_active"]
+    row_starts: Int[Tensor, " n_rows"]
+    row: Int[Tensor, " n_active"]
+    value_by_latent: Float[Tensor, " n_active"]
+    latent_starts: Int[Tensor, " dict_size"]
+
+    @classmethod
+    def of(cls, active: Active, source: Tensor, target: Tensor, capacity: Capacity) -> "Design":
+        n_tokens, n_groups = len(source), len(capacity.groups)
+        ends = torch.tensor(capacity.groups, device=source.device)
+        row = active.token * n_groups + torch.bucketize(active.latent, ends, right=True)
+        order = active.latent.argsort(stable=True)
+        ones = source.new_ones(n_tokens, 1)
+        return cls(
+            target=target,
+            shared=torch.cat([source, ones], dim=1) if capacity.skip else ones,
+            n_groups=n_groups,
+            latent=active.latent.int(),
+            value=active.value,
+            row_starts=counted(row, n_tokens * n_groups)[:-1].int(),
+            row=row[order].int(),
+            value_by_latent=active.value[order],
+            latent_starts=counted(active.latent, capacity.dict_size)[:-1].int(),
+        )
+
+    def decoded(self, latents: Weights) -> Float[Tensor, "n n_groups d_out"]:
+        """What the latents of each prefix add up to."""
+        rows = weighted_sums(latents, self.latent, self.row_starts, self.value)
+        prefixes = rows.view(len(self.target), self.n_groups, -1)
+        return torch.cumsum(prefixes, dim=1, out=prefixes) if self.n_groups > 1 else prefixes
+
+    def errors(self, weights: Weights) -> Float[Tensor, "n n_groups d_out"]:
+        n_latents = len(self.latent_starts)
+        left = self.target - self.shared @ weights[n_latents:]
+        return self.decoded(weights[:n_latents]).neg_().add_(left.unsqueeze(1))
+
+    def add_back(self, errors: Float[Tensor, "n n_groups d_out"], weights: Weights) -> None:
+        """Add to all weights what they contributed to, times the errors of it; `errors` is used up."""
+        n_latents = len(self.latent_starts)
+        self.add_to_latents(errors, weights[:n_latents])
+        weights[n_latents:].addmm_(self.shared.T, errors[:, 0])
+
+    def add_to_latents(self, errors: Float[Tensor, "n n_groups d_out"], latents: Weights) -> None:
+        """Only those of latents; `errors` then holds, for each group, the sum of the prefixes that it is part of."""
+        for group in reversed(range(self.n_groups - 1)):
+            errors[:, group] += errors[:, group + 1]
+        latents += self.by_latent(errors.flatten(0, 1), self.row)
+
+    def by_latent(self, rows: Float[Tensor, "n_rows d"], row: Int[Tensor, " n_active"]) -> Float[Tensor, "dict_size d"]:
+        """The sum of some rows for each latent, times its value in them."""
+        return weighted_sums(rows, row, self.latent_starts, self.value_by_latent)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The quadratic function's matrix, whose largest block, that of two latents, is only ever applied.
+
+    `crossed` is the block of a latent and what is shared, `moments` that of what is shared.
+    """
+
+    designs: Sequence[Design]
+    crossed: Float[Tensor, "dict_size n_shared"]
+    moments: Float[Tensor, "n_shared n_shared"]
+    power: Float[Tensor, " dict_size"]
+    """Of two equal latents: the diagonal."""
+    inverse: Float[Tensor, "n_shared n_shared"]
+
+    @classmethod
+    def of(cls, designs: Sequence[Design], capacity: Capacity) -> "Normal":
+        first = designs[0]
+        power = first.value.new_zeros(capacity.dict_size)
+        crossed = first.value.new_zeros(capacity.dict_size, first.shared.shape[1])
+        moments = first.value.new_zeros(2 * first.shared.shape[1:], dtype=torch.float64)
+        for design in designs:
+            power.index_add_(0, design.latent, design.value.square())
+            crossed += design.by_latent(design.shared, design.row // design.n_groups)
+            moments += design.shared.T @ design.shared
+        n_prefixes = power.new_zeros(capacity.dict_size)
+        for end in capacity.groups:
+            n_prefixes[:end] += 1
+        damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
+        return cls(
+            designs,
+            crossed=crossed.mul_(n_prefixes.unsqueeze(1)),
+            moments=(moments * first.n_groups).to(power),
+            power=power * n_prefixes,
+            inverse=torch.linalg.inv(damped * first.n_groups).to(power),
+        )
+
+    def times(self, weights: Weights) -> Weights:
+        latents, shared = weights[: len(self.power)], weights[len(self.power) :]
+        product = torch.cat([self.crossed @ shared, self.crossed.T @ latents + self.moments @ shared])
+        for design in self.designs:
+            design.add_to_latents(design.decoded(latents), product[: len(self.power)])
+        return product
+
+    def divided(self, weights: Weights) -> Weights:
+        """By each latent's own power, and by the damped moments; what is never active stays as it is."""
+        latents, shared = weights[: len(self.power)], weights[len(self.power) :]
+        return torch.cat([ratio(latents, self.power.unsqueeze(1)), self.inverse @ shared])
+
+
+def in_chunks(
+    params: Parameters, capacity: Capacity, threshold: float | None, activations: Activations
+) -> Iterator[Design]:
+    for start in range(0, len(activations.source), CHUNK_TOKENS):
+        source, target = (tensor[start : start + CHUNK_TOKENS] for tensor in activations)
+        yield Design.of(at_inference(params, capacity, threshold, source), source, target, capacity)
+
+
+def at_inference(
+    params: Parameters, capacity: Capacity, threshold: float | None, source: Float[Tensor, "n d_in"]
+) -> Active:
+    """The active latents as a saved transcoder has them, by token."""
+    if threshold is None:
+        no_dead = torch.empty(0, dtype=torch.int64, device=source.device)
+        return encode(params, source, capacity, 0.0, no_dead, 1)[0]
+    blocks = pre_latents_in_blocks(params, source, BLOCK_BYTES)
+    return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in blocks]).by_token()
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is not positive."""
+    return torch.where(b > 0, a / b, 0)
+
+
+def stacked(params: Parameters) -> Weights:
+    middle = [] if params.W_skip is None else [params.W_skip]
+    return torch.cat([params.W_dec, *middle, params.b_dec.unsqueeze(0)])
+
+
+def unstacked(weights: Weights, params: Parameters) -> Parameters:
+    n_latents = len(params.W_dec)
+    skip = None if params.W_skip is None else weights[n_latents:-1]
+    return replace(params, W_dec=weights[:n_latents], b_dec=weights[-1], W_skip=skip)

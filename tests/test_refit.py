@@ -1,0 +1,121 @@
+"""What is behind the latents in closed form, against references that hold every latent of every token."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from make import make_cell
+from torch import Tensor
+
+from sweep import refit as module
+from sweep.config import Capacity
+from sweep.finish import finish
+from sweep.initialise import initial_state
+from sweep.language_model import Activations
+from sweep.refit import refit, stacked
+from sweep.step.loss import transcoder_loss
+from sweep.transcoder import Parameters, select
+
+N, D_IN, D_OUT = 300, 7, 5
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 70)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
+
+
+def case(**options: Any) -> tuple[Parameters, Capacity, Activations, float | None]:
+    """Random weights and activations in float64, and the threshold at which the activation rule is inference's."""
+    g = torch.Generator().manual_seed(0)
+    capacity = make_cell(dict_size=24, top_k=3, group_fractions=[0.25, 0.5, 1.0], **options).capacity
+    shapes = {"W_enc": (D_IN, 24), "b_enc": (24,), "W_dec": (24, D_OUT), "b_dec": (D_OUT,)}
+    if capacity.skip:
+        shapes["W_skip"] = (D_IN, D_OUT)
+    params = Parameters(**{name: torch.randn(s, generator=g, dtype=torch.float64) for name, s in shapes.items()})
+    params.b_enc[5] = -1e3  # never active
+    source = torch.randn(N, D_IN, generator=g, dtype=torch.float64) + 1
+    target = source @ torch.randn(D_IN, D_OUT, generator=g, dtype=torch.float64).tanh()
+    target += torch.randn(N, D_OUT, generator=g, dtype=torch.float64) / 2
+    threshold = None
+    if capacity.activation == "batch_top_k":
+        chosen = select(source @ params.W_enc + params.b_enc, capacity)
+        threshold = float(chosen[chosen > 0].min()) - 1e-9
+    return params, capacity, Activations(source, target), threshold
+
+
+def design(params: Parameters, capacity: Capacity, data: Activations) -> tuple[Tensor, Tensor]:
+    """The same least squares with every prefix's latents written out."""
+    latents = select(data.source @ params.W_enc + params.b_enc, capacity)
+    shared = [data.source] if capacity.skip else []
+    prefixes = [torch.where(torch.arange(24) < end, latents, 0) for end in capacity.groups]
+    rows = [torch.cat([prefix, *shared, torch.ones(N, 1, dtype=torch.float64)], dim=1) for prefix in prefixes]
+    return torch.cat(rows), data.target.repeat(len(rows), 1)
+
+
+CASES = [{"activation": activation, "skip": skip} for activation in ("batch_top_k", "top_k") for skip in (True, False)]
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_many_iterations_end_at_the_least_squares(options: dict[str, Any]) -> None:
+    params, capacity, data, threshold = case(**options)
+    x, y = design(params, capacity, data)
+    wanted = torch.linalg.lstsq(x, y, driver="gelsd").solution
+    found = refit(params, capacity, threshold, data, data, 200)
+    torch.testing.assert_close(x @ stacked(found), x @ wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.W_dec[5], params.W_dec[5])
+    assert torch.equal(found.W_enc, params.W_enc)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_there_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -> None:
+    params, capacity, data, threshold = case(**options)
+    cell = make_cell()
+
+    def gradients(params: Parameters) -> list[Tensor]:
+        leaves = params.map(lambda tensor: tensor.clone().requires_grad_(True))
+        total = transcoder_loss(leaves, *data, capacity, cell.revival, torch.arange(0)).total
+        behind = [tensor for name, tensor in leaves.items() if not name.endswith("enc")]
+        return list(torch.autograd.grad(total, behind))
+
+    fitted = gradients(refit(params, capacity, threshold, data, data, 200))
+    assert all(float(g.abs().max()) > 1e-2 for g in gradients(params))
+    assert all(float(g.abs().max()) < 1e-6 for g in fitted)
+
+
+def test_each_iteration_lowers_the_loss_and_is_told() -> None:
+    params, capacity, data, threshold = case(skip=True)
+    x, y = design(params, capacity, data)
+    told: list[int] = []
+    losses = [
+        float((x @ stacked(refit(params, capacity, threshold, data, data, n, told.append)) - y).square().mean())
+        for n in range(5)
+    ]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5
+    assert told == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4]
+
+
+def test_it_stops_where_calibration_gets_no_better() -> None:
+    params, capacity, data, threshold = case(skip=True)
+    x, _ = design(params, capacity, data)
+    as_trained = Activations(data.source, (x @ stacked(params))[-N:])
+    unnested = replace(capacity, groups=(24,))
+    found = refit(params, unnested, threshold, data, as_trained, 50)
+    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), params.tensors(), strict=True))
+
+
+def test_a_finished_cell_is_fitted_where_its_schedule_asks_for_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    source = torch.randn(400, 32, generator=g) * 3
+    data = Activations(source, (source @ torch.randn(32, 32, generator=g)).relu() * 20)
+    cell = make_cell(skip=True, refit_iterations=5)
+    state = initial_state(*data, cell.capacity, seed=0)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+    def error(sample: list[Activations]) -> float:
+        transcoder = finish(state, cell, [data], sample)
+        return float((transcoder.decode(transcoder.encode(source), source) - data.target).square().mean())
+
+    assert error([data]) < 0.8 * error([])
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
