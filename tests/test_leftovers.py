@@ -29,6 +29,7 @@ def test_a_start_removes_half_written_files_of_its_cells_only(tmp_path: Path, ca
     results.create()
     (own, foreign) = (results.cell(each.cell_id) for each in (cell, other))
     dead = [
+        own.root / ".config.json.x.tmp",  # by the launcher
         own.root / ".status.json.x.tmp",
         own.checkpoints / ".step_00000010.x.tmp",
         own.checkpoints / ".step_00000010.y.old",
@@ -37,7 +38,6 @@ def test_a_start_removes_half_written_files_of_its_cells_only(tmp_path: Path, ca
         results.table("latents") / f".{cell.cell_id}.parquet.x.tmp",
     ]
     alive = [
-        own.root / ".config.json.x.tmp",
         foreign.root / ".status.json.x.tmp",
         results.table("runs") / f".{other.cell_id}.parquet.x.tmp",
     ]

@@ -86,7 +86,7 @@ def elsewhere(folder: Path, files: Sequence[Path], layer: int | None, overrides:
         raise ConfigError(f"{folder} does not say how many latents are active; give top_k=")
     if "model" in told:
         told["model"] = preset(str(told["model"]))
-    words = {"top_k": "1", **told, **typed}
+    words = {"top_k": "1", "skip": "false", **told, **typed}  # such files hold no linear map
     _, cells = cells_of([f"{key}={value}" for key, value in words.items()])
     if len(cells) != 1:
         raise ConfigError(f"{' '.join(overrides)} is a grid; name one transcoder")
