@@ -49,9 +49,12 @@ def refit(
     """The parameters with decoder, bias and linear map fitted to the scaled activations of a sample.
 
     `threshold` is that of inference, None where each token has its own `top_k`. `tick` is told how many iterations are
-    done.
+    done, every few seconds.
     """
-    designs = list(in_chunks(params, capacity, threshold, sample))
+    designs = []
+    for design in in_chunks(params, capacity, threshold, sample):
+        designs.append(design)
+        tick(0)
     judges = list(in_chunks(params, capacity, threshold, calibration))
 
     def loss(weights: Weights) -> float:
