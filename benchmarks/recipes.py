@@ -214,6 +214,9 @@ RECIPES = {
     "ours, no linear map, not nested": Recipe((NO_MAP, NOT_NESTED), by_steps(from_data, sparse.learn_)),
     "simple": Recipe(SIMPLE, by_steps(from_zero_decoder, learning_by(adam_free_))),
     "simple, linear map": Recipe((*SIMPLE, MAP), by_steps(from_zero_decoder, learning_by(adam_free_))),
+    "simple, linear map, refitted": Recipe(
+        (*SIMPLE, MAP, "refit_iterations=6"), by_steps(from_zero_decoder, learning_by(adam_free_))
+    ),
     "sparsify": Recipe(SIMPLE, by_peer("sparsify_recipe"), cost=1.5, peer="sparsify"),
     "dictionary_learning": Recipe(PLAIN, by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),
     "SAELens": Recipe(PLAIN, by_peer("sae_lens_recipe"), cost=4, peer="sae_lens"),

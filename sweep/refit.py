@@ -73,7 +73,7 @@ def refit(
         curved = normal.times(direction)
         length = ratio(power, (direction * curved).sum(dim=0))  # each dimension of the target is a problem of its own
         weights = weights + length * direction
-        if (found := loss(weights)) >= least:
+        if not (found := loss(weights)) < least:
             break
         best, least = weights, found
         residual -= length * curved
