@@ -119,8 +119,14 @@ class Sweep:
 
 def job_processes(cluster: Cluster, node: str = "") -> list[psutil.Process]:
     """The Python processes of jobs, without the srun that starts each."""
-    found = cluster.processes(node)
-    return [each for each in found if "submitit.core._submit" in each.cmdline() and "srun" not in each.name()]
+
+    def is_job(process: psutil.Process) -> bool:
+        try:
+            return "submitit.core._submit" in process.cmdline() and "srun" not in process.name()
+        except psutil.NoSuchProcess:  # it ended after it was listed
+            return False
+
+    return [process for process in cluster.processes(node) if is_job(process)]
 
 
 def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
