@@ -1,7 +1,9 @@
 """Sweeps on a real Slurm: arrays, kills of every kind, and a launcher that may die. Nothing is lost or done twice."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +129,16 @@ def job_processes(cluster: Cluster, node: str = "") -> list[psutil.Process]:
             return False
 
     return [process for process in cluster.processes(node) if is_job(process)]
+
+
+def was_sent(process: psutil.Process, number: int) -> bool:
+    """Whether a signal waits for a process that is held up; or it has left, if Slurm woke it for that."""
+    try:
+        told = Path(f"/proc/{process.pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    fields = dict(line.split(":", 1) for line in told.splitlines())
+    return any(int(fields[name], 16) >> (number - 1) & 1 for name in ("SigPnd", "ShdPnd"))
 
 
 def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
@@ -422,19 +434,18 @@ def test_cancel_saves_and_ends_everything(
 def test_the_time_limit_only_interrupts(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
-    """A limit of one minute, looked at by Slurm every half, and a job held up until the warning comes."""
+    """A limit of two minutes, looked at by Slurm every half, and a job held up until the warning comes."""
     sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
-    done = sweep.run("wait=false", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30")
+    done = sweep.run("wait=false", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60")
     assert done.returncode == 0, done.stderr
     sweep.wait_for_training()
     (process,) = job_processes(cluster)
     process.suspend()
     job = sweep.statuses[0].job
-    started = time.monotonic()
-    while time.monotonic() - started < 25:
-        time.sleep(1)
-    process.resume()
-    cluster.wait_until(lambda: sweep.statuses[0].state != "running", "the warning or the end", 90)
+    cluster.wait_until(lambda: was_sent(process, signal.SIGUSR2), "the warning", 110)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.resume()
+    cluster.wait_until(lambda: sweep.statuses[0].state != "running", "the end that was asked for", 30)
     sweep.finish()
     sweep.same_as(unbroken)
     assert sweep.statuses[0].job == job
