@@ -86,11 +86,12 @@ def write_second(
 
 
 def write_family(results: Path, root: Path) -> None:
-    """Every cell of a results folder that reads norm_unit and selects by a threshold, in Google's layout."""
+    """Every cell of a results folder that reads norm_unit, selects by a threshold and has no linear map, in Google's
+    layout."""
     for folder in sorted((results / "cells").iterdir()):
         site = json.loads((folder / "config.json").read_text())["site"]
         weights = load_file(folder / "transcoder" / "transcoder.safetensors")
-        if site["hook_in"] == "norm_unit" and "threshold" in weights:
+        if site["hook_in"] == "norm_unit" and "threshold" in weights and "W_skip" not in weights:
             l0 = round(json.loads((folder / "metrics.json").read_text())["l0"])
             write_first(root, weights, site["layer"], l0)
 
@@ -117,7 +118,8 @@ def write_thresholds(cell: Path, root: Path, l0s: tuple[int, ...] = (4, 8, 16, 3
     n_rows = row_counts(saved.cell.data)["heldout"]
     rows = Rows(saved.cell, [site], n_rows, CacheFolder(saved.default_cache), "cpu", silent)
     pre = torch.cat([block[site].source @ transcoder.W_enc + transcoder.b_enc for block in rows.blocks()])
-    weights = {name: getattr(transcoder, name).numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *(["W_skip"] if transcoder.W_skip is not None else []))
+    weights = {name: getattr(transcoder, name).numpy() for name in names}
     assert transcoder.threshold is not None
     thresholds = [float(pre.flatten().kthvalue(pre.numel() - l0 * len(pre)).values) for l0 in l0s]
     for (kind, size), threshold in zip(SECOND, [*thresholds, float(transcoder.threshold[0])], strict=True):

@@ -59,7 +59,7 @@ def test_embedded_cells_are_ranked_against_gemma_scope_2(rows: pl.DataFrame, res
     assert done.returncode == 0, done.stderr
     assert "4 cells: 1 baselines, 3 done" in done.stdout
     family = {row["baseline"]: row for row in runs(results).filter(kind="baseline").to_dicts()}
-    itself = family["transcoder_all/layer_12_width_16k_l0_big"]
+    itself = family["transcoder_all/layer_12_width_16k_l0_big_affine"]
     assert len(family) == 5
     assert all(row["remarks"] is None for row in family.values())
     for name in ("fvu", "l0", "ce_spliced", "kl", "dead_fraction"):
