@@ -19,7 +19,7 @@ from torch import Tensor
 from sweep.config import Capacity
 from sweep.language_model import Activations
 from sweep.step.active import Active, encode, entries, pre_latents_in_blocks
-from sweep.step.sparse import counted, weighted_sums
+from sweep.step.sparse import add_later_, counted, rows_of, weighted_sums
 from sweep.transcoder import Parameters
 
 __all__ = ["refit"]
@@ -106,8 +106,7 @@ class Design:
     @classmethod
     def of(cls, active: Active, source: Tensor, target: Tensor, capacity: Capacity) -> "Design":
         n_tokens, n_groups = len(source), len(capacity.groups)
-        ends = torch.tensor(capacity.groups, device=source.device)
-        row = active.token * n_groups + torch.bucketize(active.latent, ends, right=True)
+        row = rows_of(active, capacity)
         order = active.latent.argsort(stable=True)
         ones = source.new_ones(n_tokens, 1)
         return cls(
@@ -141,8 +140,7 @@ class Design:
 
     def add_to_latents(self, errors: Float[Tensor, "n n_groups d_out"], latents: Weights) -> None:
         """Only those of latents; `errors` then holds, for each group, the sum of the prefixes that it is part of."""
-        for group in reversed(range(self.n_groups - 1)):
-            errors[:, group] += errors[:, group + 1]
+        add_later_(errors)
         latents += self.by_latent(errors.flatten(0, 1), self.row)
 
     def by_latent(self, rows: Float[Tensor, "n_rows d"], row: Int[Tensor, " n_active"]) -> Float[Tensor, "dict_size d"]:

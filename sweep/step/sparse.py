@@ -133,8 +133,7 @@ def gradients(
     smallest = float(active.value.min()) if len(active.value) else 0.0
 
     batch, n_groups = len(source), len(capacity.groups)
-    ends = torch.tensor(capacity.groups, device=source.device)
-    row = active.token * n_groups + torch.bucketize(active.latent, ends, right=True)
+    row = rows_of(active, capacity)
     n_rows = batch * n_groups
     fired = torch.zeros_like(params.b_enc, dtype=torch.bool).index_fill_(0, active.latent, True)
     multiplied_out = revived is not None and revived.place.shape[1] >= DENSE_SHARE * n_dead
@@ -171,8 +170,7 @@ def gradients(
             share = Share(dead, encoder=d_values.T @ source, decoder=values.T @ aux_errors)
             b_enc[dead] = d_values.sum(dim=0)
     errors *= 2 / (n_groups * target.numel())
-    for group in reversed(range(n_groups - 1)):
-        errors[:, group] += errors[:, group + 1]
+    add_later_(errors)
 
     d_value = products(rows, params.W_dec, starts, active.latent)
     order = active.latent.argsort(stable=True)
@@ -190,6 +188,18 @@ def gradients(
         dead=share,
     )
     return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
+
+
+def rows_of(active: Active, capacity: Capacity) -> Int64[Tensor, " n"]:
+    """The row each entry is added to: a token has one for every nested group."""
+    ends = torch.tensor(capacity.groups, device=active.latent.device)
+    return active.token * len(capacity.groups) + torch.bucketize(active.latent, ends, right=True)
+
+
+def add_later_(errors: Float[Tensor, "n n_groups d"]) -> None:
+    """Sum over the prefixes that each group is part of, in place."""
+    for group in reversed(range(errors.shape[1] - 1)):
+        errors[:, group] += errors[:, group + 1]
 
 
 def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_values_and_1"]:
