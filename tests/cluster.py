@@ -111,8 +111,18 @@ class Cluster:
         try:
             wait_for(condition, what, seconds)
         except AssertionError as error:
-            log = (self.root / "slurmctld.log").read_text(errors="replace").splitlines()
-            raise AssertionError("\n".join([f"{error}: {self.states()}", *log[-30:]])) from None
+            raise AssertionError(f"{error}: {self.describe()}") from None
+
+    def describe(self) -> str:
+        """Where jobs, nodes and their processes stand, and the end of Slurm's logs: for a test that waits in vain."""
+        asked = (("squeue", "--all", "--array", "--states=all", "--long"), ("sinfo", "--all", "-N", "--long"))
+        lines = [self.run(*words, check=False) for words in asked]
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                lines.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[-200:]}")
+        for log in ("slurmctld.log", *(f"{node}/slurmd.log" for node in self.nodes)):
+            lines += ["", log, *(self.root / log).read_text(errors="replace").splitlines()[-30:]]
+        return "\n".join(["", *lines])
 
     def up(self) -> None:
         self._configure()

@@ -13,7 +13,7 @@ from test_sweep_cli import run as sweep
 pytestmark = pytest.mark.slow
 
 
-GRID = ("-m", "dict_size=1024,2048", "top_k=16,32", "n_tokens=32512", "epochs=2")
+GRID = ("-m", "dict_size=2048", "top_k=16,32", "skip=true,false", "n_tokens=32512", "epochs=2")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,11 @@ def test_embedded_sweep_costs_one_pass(rows: pl.DataFrame) -> None:
 
 
 def test_embedded_cells_are_ranked_against_gemma_scope_2(rows: pl.DataFrame, results: Path, tmp_path: Path) -> None:
-    """The family is one of the cells at five thresholds, so what it must score beside that cell is known."""
-    cell = rows.sort("l0").row(-1, named=True)
+    """The family is one of the cells at five thresholds, so what it must score beside that cell is known.
+
+    That cell has no linear map: after so few steps, one with a map is best with fewer latents than its own.
+    """
+    cell = rows.filter(~pl.col("skip")).sort("l0").row(-1, named=True)
     folder = results / "cells" / cell["cell_id"]
     write_thresholds(folder, tmp_path / "google")
     google = ("baselines=gemma_scope", f"baselines_dir={tmp_path / 'google'}")
@@ -59,7 +62,7 @@ def test_embedded_cells_are_ranked_against_gemma_scope_2(rows: pl.DataFrame, res
     assert done.returncode == 0, done.stderr
     assert "4 cells: 1 baselines, 3 done" in done.stdout
     family = {row["baseline"]: row for row in runs(results).filter(kind="baseline").to_dicts()}
-    itself = family["transcoder_all/layer_12_width_16k_l0_big_affine"]
+    itself = family["transcoder_all/layer_12_width_16k_l0_big"]
     assert len(family) == 5
     assert all(row["remarks"] is None for row in family.values())
     for name in ("fvu", "l0", "ce_spliced", "kl", "dead_fraction"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,19 +76,14 @@ class Sweep:
         self.command = [sys.executable, script, *arguments, *SLURM, f"cache_dir={cache.root}", f"results_dir={root}"]
 
     def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.command, *more], env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        return self._to_the_end([*self.command, *more])
 
     def start(self, *more: str) -> "subprocess.Popen[str]":
         pipe = subprocess.PIPE
         return subprocess.Popen([*self.command, *more], env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
     def ask(self, command: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "sweep", command, str(self.root)]
-        return subprocess.run(
-            words, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
+        return self._to_the_end([sys.executable, "-m", "sweep", command, str(self.root)])
 
     def submit(self) -> None:
         done = self.run("wait=false")
@@ -113,6 +108,17 @@ class Sweep:
 
     def wait_for_training(self) -> None:
         self.cluster.wait_until(self.is_training, "a checkpoint")
+
+    def _to_the_end(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        environment, limit = self.environment, 200
+        try:
+            return subprocess.run(
+                words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            found = [f"{words} takes more than {limit} s", str(error.stdout), str(error.stderr)]
+            found += [f"{folder.root.name}: {read_status(folder)}" for folder in self.folders]
+            raise AssertionError("\n".join([*found, self.cluster.describe()])) from None
 
     def same_as(self, unbroken: ResultsFolder) -> None:
         for folder in self.folders:
