@@ -200,7 +200,7 @@ def by_peer(module: str) -> Callable[[Cell, Activations, Iterable[Activations], 
 
 NOT_NESTED = "group_fractions=[1.0]"
 MAP, NO_MAP = "skip=true", "skip=false"
-PLAIN = ("rate_by_spread=false", "centre_source=false", "refit_iterations=0", NO_MAP)
+PLAIN = ("rate_by_spread=false", "centre_source=false", "refit_iterations=0", "prefix_weight=1", NO_MAP)
 SIMPLE = (*PLAIN, "activation=top_k", NOT_NESTED, "aux_penalty=0", "betas=[0.9,0.999]")
 BUSSMANN = (*PLAIN, "aux_penalty=0.03125", "top_k_aux=512", "n_batches_to_dead=20", "betas=[0.9,0.99]")
 NO_AUX = "aux_penalty=0"

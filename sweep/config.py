@@ -79,11 +79,21 @@ class Capacity:
     skip: bool = option(
         "a linear map from source to target beside the latents, trained with them (Paulo et al. 2025)", default=False
     )
+    prefix_weight: float = option(
+        "weight in the loss of each nested prefix, where the whole dictionary's is 1", unit="1", default=1.0
+    )
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The latents each nested prefix adds to the one before, as (start, end)."""
         return list(pairwise((0, *self.groups)))
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the loss: what each prefix has, the whole dictionary last; they add up to 1."""
+        n_smaller = len(self.groups) - 1
+        total = n_smaller * self.prefix_weight + 1
+        return [self.prefix_weight / total] * n_smaller + [1 / total]
 
     def problems(self) -> Iterator[str]:
         yield from at_least(1, dict_size=self.dict_size, top_k=self.top_k)
@@ -95,6 +105,8 @@ class Capacity:
                 f"groups={list(self.groups)} must increase from at least 1 and end at dict_size={self.dict_size}; "
                 f"for no nesting use groups=[{self.dict_size}]"
             )
+        if not 0 <= self.prefix_weight < math.inf:
+            yield f"prefix_weight={self.prefix_weight} must be 0 or a positive number; 1 weighs all prefixes alike"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.language_model import Activations
-from sweep.step.active import Active, encode, entries, pre_latents_in_blocks
+from sweep.step.active import BLOCK_BYTES, Active, encode, entries, pre_latents_in_blocks
 from sweep.step.sparse import add_later_, counted, rows_of, weighted_sums
 from sweep.transcoder import Parameters
 
@@ -26,9 +26,6 @@ __all__ = ["refit"]
 
 CHUNK_TOKENS = 4096
 """Tokens at once: enough that sums over latents are long, few enough that what is decoded stays small."""
-
-BLOCK_BYTES = 4 << 20
-"""Pre-latents held at once."""
 
 DAMPING = 1e-4
 """What is added to the second moments of the source before dividing by them, as a share of their mean."""
@@ -58,7 +55,7 @@ def refit(
     judges = list(in_chunks(params, capacity, threshold, calibration))
 
     def loss(weights: Weights) -> float:
-        return sum(float(judge.errors(weights).square().sum(dtype=torch.float64)) for judge in judges)
+        return sum(judge.loss(weights) for judge in judges)
 
     weights = stacked(params)
     best, least = weights, loss(weights)
@@ -95,7 +92,8 @@ class Design:
     target: Float[Tensor, "n d_out"]
     shared: Float[Tensor, "n n_shared"]
     """The source if there is a linear map, and a column of ones for the bias."""
-    n_groups: int
+    shares: Float[Tensor, " n_groups"]
+    """Of the loss, of each prefix."""
     latent: Int[Tensor, " n_active"]
     value: Float[Tensor, " n_active"]
     row_starts: Int[Tensor, " n_rows"]
@@ -112,7 +110,7 @@ class Design:
         return cls(
             target=target,
             shared=torch.cat([source, ones], dim=1) if capacity.skip else ones,
-            n_groups=n_groups,
+            shares=source.new_tensor(capacity.shares),
             latent=active.latent.int(),
             value=active.value,
             row_starts=counted(row, n_tokens * n_groups)[:-1].int(),
@@ -124,13 +122,18 @@ class Design:
     def decoded(self, latents: Weights) -> Float[Tensor, "n n_groups d_out"]:
         """What the latents of each prefix add up to."""
         rows = weighted_sums(latents, self.latent, self.row_starts, self.value)
-        prefixes = rows.view(len(self.target), self.n_groups, -1)
-        return torch.cumsum(prefixes, dim=1, out=prefixes) if self.n_groups > 1 else prefixes
+        prefixes = rows.view(len(self.target), len(self.shares), -1)
+        return torch.cumsum(prefixes, dim=1, out=prefixes) if len(self.shares) > 1 else prefixes
 
     def errors(self, weights: Weights) -> Float[Tensor, "n n_groups d_out"]:
         n_latents = len(self.latent_starts)
         left = self.target - self.shared @ weights[n_latents:]
         return self.decoded(weights[:n_latents]).neg_().add_(left.unsqueeze(1))
+
+    def loss(self, weights: Weights) -> float:
+        """What is minimised, summed over tokens and dimensions."""
+        prefixes = self.errors(weights).square().sum(dim=(0, 2), dtype=torch.float64)
+        return float(prefixes @ self.shares.double())
 
     def add_back(self, errors: Float[Tensor, "n n_groups d_out"], weights: Weights) -> None:
         """Add to all weights what they contributed to, times the errors of it; `errors` is used up."""
@@ -139,7 +142,8 @@ class Design:
         weights[n_latents:].addmm_(self.shared.T, errors[:, 0])
 
     def add_to_latents(self, errors: Float[Tensor, "n n_groups d_out"], latents: Weights) -> None:
-        """Only those of latents; `errors` then holds, for each group, the sum of the prefixes that it is part of."""
+        """Only those of latents; `errors` then holds the weighted sum of the prefixes each group is part of."""
+        errors *= self.shares.unsqueeze(1)
         add_later_(errors)
         latents += self.by_latent(errors.flatten(0, 1), self.row)
 
@@ -170,18 +174,18 @@ class Normal:
         moments = first.value.new_zeros(2 * first.shared.shape[1:], dtype=torch.float64)
         for design in designs:
             power.index_add_(0, design.latent, design.value.square())
-            crossed += design.by_latent(design.shared, design.row // design.n_groups)
+            crossed += design.by_latent(design.shared, design.row // len(design.shares))
             moments += design.shared.T @ design.shared
-        n_prefixes = power.new_zeros(capacity.dict_size)
-        for end in capacity.groups:
-            n_prefixes[:end] += 1
+        weight = power.new_zeros(capacity.dict_size)
+        for end, share in zip(capacity.groups, capacity.shares, strict=True):
+            weight[:end] += share
         damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
         return cls(
             designs,
-            crossed=crossed.mul_(n_prefixes.unsqueeze(1)),
-            moments=(moments * first.n_groups).to(power),
-            power=power * n_prefixes,
-            inverse=torch.linalg.inv(damped * first.n_groups).to(power),
+            crossed=crossed.mul_(weight.unsqueeze(1)),
+            moments=moments.to(power),
+            power=power * weight,
+            inverse=torch.linalg.inv(damped).to(power),
         )
 
     def times(self, weights: Weights) -> Weights:
@@ -212,7 +216,7 @@ def at_inference(
     if threshold is None:
         no_dead = torch.empty(0, dtype=torch.int64, device=source.device)
         return encode(params, source, capacity, 0.0, no_dead, 1)[0]
-    blocks = pre_latents_in_blocks(params, source, BLOCK_BYTES)
+    blocks = pre_latents_in_blocks(params, source, BLOCK_BYTES[capacity.activation])
     return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in blocks]).by_token()
 
 

@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
     "groups": None,
     "group_fractions": [1 / 8, 1 / 4, 1 / 2, 3 / 4, 1],
     "skip": False,
+    "prefix_weight": 1.0,
     # schedule
     "lr": 3e-3,
     "steps": 30,

@@ -67,7 +67,7 @@ SCIENCE: dict[str, Any] = {
     "n_batches_to_dead": 7, "model_revision": "2", "layer": 2, "hook_in": "resid_mid", "hook_out": "resid_mid",
     "seq_len": 64, "n_tokens": 4096, "n_calibration_tokens": 256, "n_heldout_tokens": 256, "data_seed": 1, "seed": 1,
     "activation_dtype": "bfloat16", "model_dtype": "bfloat16", "step_dtype": "bfloat16", "skip": True,
-    "rate_by_spread": True, "centre_source": True, "refit_iterations": 3,
+    "rate_by_spread": True, "centre_source": True, "refit_iterations": 3, "prefix_weight": 0.5,
 }  # fmt: skip
 
 
@@ -135,6 +135,7 @@ def test_a_config_on_disk_holds_the_types_of_its_options(hint: Any, fits: Any, o
         ({"groups": [8, 8, 64]}, r"groups=\[8, 8, 64\] must increase"),
         ({"groups": [8, 32]}, "end at dict_size=64"),
         ({"groups": []}, "must increase"),
+        ({"prefix_weight": -0.5}, "prefix_weight=-0.5 must be 0 or a positive number"),
         ({"steps": -5}, "steps=-5 must be at least 1"),
         ({"steps": None, "n_tokens": 10}, "steps=0 must be at least 1"),
         ({"lr": float("nan")}, "lr=nan must be a positive number"),

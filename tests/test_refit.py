@@ -23,7 +23,6 @@ N, D_IN, D_OUT = 300, 7, 5
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", 70)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 2000)
 
 
 def case(**options: Any) -> tuple[Parameters, Capacity, Activations, float | None]:
@@ -51,10 +50,14 @@ def design(params: Parameters, capacity: Capacity, data: Activations) -> tuple[T
     shared = [data.source] if capacity.skip else []
     prefixes = [torch.where(torch.arange(24) < end, latents, 0) for end in capacity.groups]
     rows = [torch.cat([prefix, *shared, torch.ones(N, 1, dtype=torch.float64)], dim=1) for prefix in prefixes]
-    return torch.cat(rows), data.target.repeat(len(rows), 1)
+    roots = torch.tensor(capacity.shares, dtype=torch.float64).sqrt().repeat_interleave(N).unsqueeze(1)
+    return torch.cat(rows) * roots, data.target.repeat(len(rows), 1) * roots
 
 
-CASES = [{"activation": activation, "skip": skip} for activation in ("batch_top_k", "top_k") for skip in (True, False)]
+CASES = [
+    {"activation": activation, "skip": skip, "prefix_weight": weight}
+    for activation, skip, weight in (("batch_top_k", True, 1.0), ("batch_top_k", False, 0.3), ("top_k", True, 0.3))
+]
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -89,7 +92,7 @@ def test_each_iteration_lowers_the_loss_and_is_told() -> None:
     x, y = design(params, capacity, data)
     told: list[int] = []
     losses = [
-        float((x @ stacked(refit(params, capacity, threshold, data, data, n, told.append)) - y).square().mean())
+        float((x @ stacked(refit(params, capacity, threshold, data, data, n, told.append)) - y).square().sum())
         for n in range(5)
     ]
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5
@@ -99,7 +102,7 @@ def test_each_iteration_lowers_the_loss_and_is_told() -> None:
 def test_it_stops_where_calibration_gets_no_better() -> None:
     params, capacity, data, threshold = case(skip=True)
     x, _ = design(params, capacity, data)
-    as_trained = Activations(data.source, (x @ stacked(params))[-N:])
+    as_trained = Activations(data.source, (x @ stacked(params))[-N:] / capacity.shares[-1] ** 0.5)
     unnested = replace(capacity, groups=(24,))
     found = refit(params, unnested, threshold, data, as_trained, 50)
     assert all(torch.equal(a, b) for a, b in zip(found.tensors(), params.tensors(), strict=True))

@@ -38,7 +38,8 @@ def ragged_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def capacity(activation: str = "batch_top_k", groups: tuple[int, ...] = GROUPS, top_k: int = TOP_K) -> Capacity:
-    return Capacity(WIDTH, top_k, activation, groups)  # type: ignore[arg-type]
+    """With unequal weights of the prefixes."""
+    return Capacity(WIDTH, top_k, activation, groups, prefix_weight=0.3)  # type: ignore[arg-type]
 
 
 def make_params(

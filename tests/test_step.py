@@ -35,8 +35,10 @@ def make_batch(dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tenso
     return torch.randn(BATCH, D_IN, generator=g, dtype=dtype), torch.randn(BATCH, D_OUT, generator=g, dtype=dtype)
 
 
-def capacity(activation: str = "batch_top_k", groups: tuple[int, ...] = (5, 10, 20, 30, 40)) -> Capacity:
-    return Capacity(WIDTH, 4, activation, groups)  # type: ignore[arg-type]
+def capacity(
+    activation: str = "batch_top_k", groups: tuple[int, ...] = (5, 10, 20, 30, 40), prefix_weight: float = 1.0
+) -> Capacity:
+    return Capacity(WIDTH, 4, activation, groups, prefix_weight=prefix_weight)  # type: ignore[arg-type]
 
 
 def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dead: list[int]) -> Tensor:
@@ -49,7 +51,9 @@ def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dea
         keep = z >= z.sort(dim=1, descending=True).values[:, c.top_k - 1 : c.top_k]
     z = z * keep
     linear = p.b_dec if p.W_skip is None else x @ p.W_skip + p.b_dec
-    total = sum((((z[:, :n] @ p.W_dec[:n] + linear) - y) ** 2).mean() for n in c.groups) / len(c.groups)
+    weights = {n: 1.0 if n == WIDTH else c.prefix_weight for n in c.groups}
+    errors = {n: (((z[:, :n] @ p.W_dec[:n] + linear) - y) ** 2).mean() for n in c.groups}
+    total = sum(weights[n] * errors[n] for n in c.groups) / sum(weights.values())
     if dead:
         e = (y - (z @ p.W_dec + linear)).detach()
         k = min(r.top_k_aux, len(dead))
@@ -60,14 +64,16 @@ def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dea
 
 
 @pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
-@pytest.mark.parametrize("groups", [(40,), (5, 10, 20, 30, 40)])
+@pytest.mark.parametrize(("groups", "weight"), [((40,), 0.3), ((5, 10, 20, 30, 40), 1.0), ((5, 20, 40), 0.3)])
 @pytest.mark.parametrize("dead", [[], [3, 17, 39], list(range(10, 22))])
 @pytest.mark.parametrize("skip", [False, True])
-def test_gradients_match_a_naive_model(activation: str, groups: tuple[int, ...], dead: list[int], skip: bool) -> None:
+def test_gradients_match_a_naive_model(
+    activation: str, groups: tuple[int, ...], weight: float, dead: list[int], skip: bool
+) -> None:
     params, (x, y) = make_params(), make_batch()
     if skip:
         params.W_skip = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    cap, revival = capacity(activation, groups), Revival(0.25, 6, 5)
+    cap, revival = capacity(activation, groups, weight), Revival(0.25, 6, 5)
     loss, grads = gradients(params, x, y, cap, revival, torch.tensor(dead, dtype=torch.int64))
     leaves = params.map(lambda t: t.clone().requires_grad_())
     expected = naive_loss(leaves, x, y, cap, revival, dead)

@@ -102,6 +102,7 @@ def test_lines_tell_phases_once_and_ends_once(
     watcher(queue)
     assert capsys.readouterr().out.splitlines() == [
         "job 1, 2 cells: train: 10 of 30 steps, 2/s, 2 min left",
+        "not yet at work: 1 waiting",
         f"cell {CELLS[1].cell_id} diverged at step 12: the loss is nan",
         "job 1, 2 cells: train: 10 of 30 steps, 2/s, 2 min left",
     ]

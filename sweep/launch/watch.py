@@ -4,7 +4,8 @@ Everything shown is read from the cells' `status.json`; nothing is asked of a jo
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +144,7 @@ class Watcher:
         self._looked = self._spoke = 0.0
         self._told: set[tuple[str, int]] = set()
         self._phases: dict[str, str] = {}
+        self._waiting = ""
         self._noted: set[str] = set()
 
     def __call__(self, jobs: Jobs) -> None:
@@ -184,8 +186,7 @@ class Watcher:
             flat = row.cell.flat()
             table.add_row(row.cell.cell_id, *(readable(flat[name]) for name in columns), *row.texts)
         if hidden := urgent[room:]:
-            words = {word: sum(row.word == word for row in hidden) for word in dict.fromkeys(r.word for r in hidden)}
-            table.add_row(f"and {len(hidden)} more:", ", ".join(f"{n} {word}" for word, n in words.items()))
+            table.add_row(f"and {len(hidden)} more:", counted(row.word for row in hidden))
         return table
 
     def _note(self, rows: dict[str, Row]) -> None:
@@ -196,7 +197,7 @@ class Watcher:
                 out.print(f"warning: {note}")
 
     def _speak(self, jobs: Jobs, rows: dict[str, Row], now: float) -> None:
-        """Cells that ended, each job's new phase, and every LINE_SECONDS how far each job is."""
+        """Cells that ended, each job's new phase, and every LINE_SECONDS how far each job is and who waits for what."""
         for cell_id, row in rows.items():
             if row.status.state in ENDED and (cell_id, row.status.attempts) not in self._told:
                 self._told.add((cell_id, row.status.attempts))
@@ -214,6 +215,15 @@ class Watcher:
                 label = f"job {name}, {plural(len(cell_ids), 'cell')}: " if jobs.n_jobs > 1 else ""
                 out.print(label + console.line(progress))
                 self._spoke = now
+        if due and (waiting := counted(jobs.words.values())) != self._waiting:
+            self._waiting, self._spoke = waiting, now
+            if waiting:
+                out.print(f"not yet at work: {waiting}")
+
+
+def counted(words: Iterable[str]) -> str:
+    """How often each comes: `3 pending (Priority), 1 killed`."""
+    return ", ".join(f"{n} {word}" for word, n in Counter(words).items())
 
 
 def ending(row: Row) -> str:

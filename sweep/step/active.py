@@ -16,7 +16,7 @@ from torch import Tensor
 from sweep.config import Capacity
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["Active", "Revived", "encode"]
+__all__ = ["BLOCK_BYTES", "Active", "Revived", "encode"]
 
 BLOCK_BYTES = {"batch_top_k": 4 << 20, "top_k": 16 << 20}
 """Pre-latents held at once: they stay in cache while they are searched. The more latents, the better the bound of the

@@ -6,9 +6,10 @@
 3. The residual of the full reconstruction, detached, is reconstructed by the latents that are dead, from their
    *raw* pre-latents (Gao et al. 2024, section A.2, without the relu, so that a silent latent gets a gradient).
 
-    loss = mean over prefixes of mse(prefix) + aux_penalty * min(n_dead / top_k_aux, 1) * mse(aux)
+    loss = weighted mean over prefixes of mse(prefix) + aux_penalty * min(n_dead / top_k_aux, 1) * mse(aux)
 
-where mse is the mean over tokens and output dimensions, on targets of unit mean square.
+where mse is the mean over tokens and output dimensions, on targets of unit mean square, and the weights are
+`prefix_weight` for a prefix and 1 for the whole.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def transcoder_loss(
     for part, rows in zip(latents.split(widths, dim=1), params.W_dec.split(widths), strict=True):
         reconstruction = reconstruction + part @ rows
         prefixes.append((reconstruction - target).square().mean())
-    total = torch.stack(prefixes).mean()
+    total = torch.stack(prefixes) @ target.new_tensor(capacity.shares)
     aux = None
     if revival.aux_penalty > 0 and len(dead) > 0:
         aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)

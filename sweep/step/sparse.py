@@ -151,8 +151,8 @@ def gradients(
         errors[:, 0] += source @ params.W_skip
     torch.cumsum(errors, dim=1, out=errors)
     errors -= target.unsqueeze(1)
-    prefixes = mean_squares(errors)
-    total, aux, share = prefixes.mean(), None, None
+    prefixes, shares = mean_squares(errors), errors.new_tensor(capacity.shares)
+    total, aux, share = prefixes @ shares, None, None
     b_enc = torch.zeros_like(params.b_enc)
     if revived is not None:
         weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
@@ -169,7 +169,7 @@ def gradients(
             d_values = revived.matrix(n_dead, (aux_errors @ decoder.T).gather(1, revived.place))
             share = Share(dead, encoder=d_values.T @ source, decoder=values.T @ aux_errors)
             b_enc[dead] = d_values.sum(dim=0)
-    errors *= 2 / (n_groups * target.numel())
+    errors *= (shares * (2 / target.numel())).unsqueeze(1)
     add_later_(errors)
 
     d_value = products(rows, params.W_dec, starts, active.latent)
