@@ -232,6 +232,7 @@ def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
     split = list(place.stream.split("calibration"))
     cells = [member.cell for member in gang.members]
     batches = [batch for _, batch in place.stream.batches(0, max(map(n_refit_batches, cells)))]
+    n_iterations = [cell.schedule.refit_iterations for cell in cells]
 
     def fit(member: Member) -> None:
         assert member.run is not None
@@ -239,7 +240,6 @@ def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
         calibration, sample = (
             [batch[cell.site] for batch in part] for part in (split, batches[: n_refit_batches(cell)])
         )
-        n_iterations = [each.schedule.refit_iterations for each in cells]
 
         def tick(done: int) -> None:
             report("fit decoders", sum(n_iterations[:at]) + done, sum(n_iterations), "iterations")

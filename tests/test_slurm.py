@@ -2,34 +2,28 @@
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 from cluster import Cluster, start_cluster
+from cluster_sweep import ClusterSweep, job_processes, was_sent
 from faults import last_table
-from gangs import same_bytes
-from test_cli import ROOT, run
+from test_cli import run
 from test_local import broken
 
 from sweep.attempt import newest
-from sweep.config import cell_from_json
-from sweep.paths import CacheFolder, CellFolder, ResultsFolder
-from sweep.status import Status, read_status
+from sweep.paths import CacheFolder, ResultsFolder
 
 pytestmark = pytest.mark.slurm
 
 STEPS = 6000
 LONG = ("-m", "experiment=smoke", f"steps={STEPS}", "epochs=1", "checkpoint_steps=100", "keep_checkpoints=true")
-SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20")
 QUICK = ("-m", "experiment=smoke", "steps=10")
 
 
@@ -65,95 +59,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> Re
     return ResultsFolder(folder)
 
 
-class Sweep:
-    """A sweep command for the cluster, with a results folder of its own."""
-
-    def __init__(self, cluster: Cluster, root: Path, cache: CacheFolder, *arguments: str) -> None:
-        self.cluster = cluster
-        self.root = root
-        self.environment = os.environ | cluster.environment
-        script = str(ROOT / "sweep_runner.py")
-        self.command = [sys.executable, script, *arguments, *SLURM, f"cache_dir={cache.root}", f"results_dir={root}"]
-
-    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        return self._to_the_end([*self.command, *more])
-
-    def start(self, *more: str) -> "subprocess.Popen[str]":
-        pipe = subprocess.PIPE
-        return subprocess.Popen([*self.command, *more], env=self.environment, stdout=pipe, stderr=pipe, text=True)
-
-    def ask(self, command: str) -> subprocess.CompletedProcess[str]:
-        return self._to_the_end([sys.executable, "-m", "sweep", command, str(self.root)])
-
-    def submit(self) -> None:
-        done = self.run("wait=false")
-        assert done.returncode == 0, done.stderr
-
-    def finish(self) -> str:
-        """Give the command, as a user would, until it ends; every cell must be done."""
-        done = self.run()
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    @property
-    def folders(self) -> list[CellFolder]:
-        return [CellFolder(path) for path in sorted(self.root.glob("cells/*"))]
-
-    @property
-    def statuses(self) -> list[Status]:
-        return [read_status(folder) for folder in self.folders]
-
-    def is_training(self) -> bool:
-        return any(folder.checkpoint_steps() for folder in self.folders)
-
-    def wait_for_training(self) -> None:
-        self.cluster.wait_until(self.is_training, "a checkpoint")
-
-    def _to_the_end(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        environment, limit = self.environment, 200
-        try:
-            return subprocess.run(
-                words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            found = [f"{words} takes more than {limit} s", str(error.stdout), str(error.stderr)]
-            found += [f"{folder.root.name}: {read_status(folder)}" for folder in self.folders]
-            raise AssertionError("\n".join([*found, self.cluster.describe()])) from None
-
-    def same_as(self, unbroken: ResultsFolder) -> None:
-        for folder in self.folders:
-            same_bytes(unbroken, ResultsFolder(self.root), cell_from_json(folder.config.read_text()))
-
-
-def job_processes(cluster: Cluster, node: str = "") -> list[psutil.Process]:
-    """The Python processes of jobs, without the srun that starts each."""
-
-    def is_job(process: psutil.Process) -> bool:
-        try:
-            return "submitit.core._submit" in process.cmdline() and "srun" not in process.name()
-        except psutil.NoSuchProcess:  # it ended after it was listed
-            return False
-
-    return [process for process in cluster.processes(node) if is_job(process)]
-
-
-def was_sent(process: psutil.Process, number: int) -> bool:
-    """Whether a signal waits for a process that is held up; or it has left, if Slurm woke it for that."""
-    try:
-        told = Path(f"/proc/{process.pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    fields = dict(line.split(":", 1) for line in told.splitlines())
-    return any(int(fields[name], 16) >> (number - 1) & 1 for name in ("SigPnd", "ShdPnd"))
-
-
 def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder
 ) -> None:
     """Six jobs do not fit the cluster's largest array of five, and still only two run at once."""
     flags = ["hydra.launcher.jobs=6", "hydra.launcher.array_parallelism=2"]
     on_one_node = "+hydra.launcher.additional_parameters.nodelist=node1"
-    sweep = Sweep(cluster, tmp_path, cache, *QUICK, "seed=0,1,2,3,4,5", *flags, on_one_node)
+    sweep = ClusterSweep(cluster, tmp_path, cache, *QUICK, "seed=0,1,2,3,4,5", *flags, on_one_node)
     sweep.submit()
     assert Counter(job.partition("_")[0] for job in cluster.states()).most_common(1)[0][1] == 5
     assert len(cluster.states()) == 6
@@ -180,7 +92,7 @@ def test_arrays_keep_their_parallelism_and_every_job_its_gpu(
 
 def test_a_failing_cell_leaves_the_others_and_is_told(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
     """One raises an exception, the loss of another stops being a number."""
-    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=60", "lr=1e-3,2e-3,1e30")
+    sweep = ClusterSweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=60", "lr=1e-3,2e-3,1e30")
     sweep.environment = broken("error@2e-3@5") | cluster.environment
     done = sweep.run()
     asked, collected = sweep.ask("status"), sweep.ask("collect")
@@ -193,7 +105,7 @@ def test_a_failing_cell_leaves_the_others_and_is_told(cluster: Cluster, tmp_path
 
 def test_a_cell_short_of_memory_is_given_more(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
     """It runs out in its first two jobs, and is a cell of its own in the third, which may have no more than that."""
-    sweep = Sweep(cluster, tmp_path / "out", cache, "-m", "experiment=smoke", "steps=10", "lr=1e-3,2e-3")
+    sweep = ClusterSweep(cluster, tmp_path / "out", cache, "-m", "experiment=smoke", "steps=10", "lr=1e-3,2e-3")
     faults = ",".join(f"memory@2e-3@5@{tmp_path / name}" for name in ("once", "twice"))
     sweep.environment = broken(faults) | cluster.environment
     done = sweep.run("hydra.launcher.mem_gb=1", "hydra.launcher.max_mem_gb=3")
@@ -209,7 +121,7 @@ def test_a_cell_short_of_memory_is_given_more(cluster: Cluster, tmp_path: Path, 
 
 
 def test_the_script_is_shown_and_nothing_submitted(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
-    sweep = Sweep(cluster, tmp_path / "out", cache, *QUICK, "seed=0,1", "hydra.launcher.jobs=2")
+    sweep = ClusterSweep(cluster, tmp_path / "out", cache, *QUICK, "seed=0,1", "hydra.launcher.jobs=2")
     before = cluster.states()
     done = sweep.run("dry_run=true", "hydra.launcher.setup=[module load cuda]", "hydra.launcher.partition=low")
     assert done.returncode == 0, done.stderr
@@ -220,7 +132,7 @@ def test_the_script_is_shown_and_nothing_submitted(cluster: Cluster, tmp_path: P
 
 
 def test_what_slurm_refuses_is_told_in_its_words(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
-    done = Sweep(cluster, tmp_path, cache, *QUICK).run("hydra.launcher.partition=nowhere")
+    done = ClusterSweep(cluster, tmp_path, cache, *QUICK).run("hydra.launcher.partition=nowhere")
     assert done.returncode == 2
     assert "invalid partition specified: nowhere" in done.stderr
     assert "Traceback" not in done.stderr
@@ -231,7 +143,7 @@ def test_a_warned_job_saves_and_goes_back_into_the_queue(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     """SIGUSR2 is what Slurm sends before the time limit."""
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     sweep.submit()
     sweep.wait_for_training()
     (job,) = [job for job, state in cluster.states().items() if state == "RUNNING"]
@@ -251,7 +163,7 @@ def test_a_preempted_job_comes_back(
     partition: str, cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     """`low` sends the user's signal and grants a grace time, `abrupt` neither."""
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0", f"hydra.launcher.partition={partition}")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0", f"hydra.launcher.partition={partition}")
     sweep.submit()
     sweep.wait_for_training()
     (job,) = [job for job, state in cluster.states().items() if state == "RUNNING"]
@@ -271,7 +183,7 @@ def test_cancelled_jobs_are_told_and_the_next_run_goes_on(
 ) -> None:
     """One that runs, one that waits, one of an array: the third is left alone."""
     flags = ["hydra.launcher.jobs=3", "hydra.launcher.array_parallelism=1"]
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", *flags)
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", *flags)
     launcher = sweep.start()
     sweep.wait_for_training()
     states = cluster.states()
@@ -296,7 +208,7 @@ def test_cancelled_jobs_are_told_and_the_next_run_goes_on(
 def test_a_dead_node_costs_the_steps_since_the_last_checkpoint(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     launcher = sweep.start()
     sweep.wait_for_training()
     (node,) = {process.environ()["SLURMD_NODENAME"] for process in job_processes(cluster)}
@@ -313,7 +225,7 @@ def test_the_same_job_alive_twice_leaves_one_result(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     """A node is cut off; its job freezes and wakes up when Slurm has started it again on the other node."""
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     sweep.submit()
     sweep.wait_for_training()
     (ghost,) = job_processes(cluster)
@@ -337,7 +249,7 @@ def test_the_same_job_alive_twice_leaves_one_result(
 def test_a_restarted_controller_is_waited_for(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     launcher = sweep.start()
     sweep.wait_for_training()
     cluster.wait_until(cluster.has_saved, "Slurm to save its state")
@@ -355,7 +267,7 @@ def test_a_restarted_controller_is_waited_for(
 
 
 def test_jobs_that_slurm_forgot_are_sent_again(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, *QUICK, "seed=0,1")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *QUICK, "seed=0,1")
     held = "+hydra.launcher.additional_parameters.hold=true"
     assert sweep.run(held, "wait=false").returncode == 0
     assert "pending (JobHeldUser)" in sweep.ask("status").stdout
@@ -372,7 +284,7 @@ def test_a_job_that_slurm_forgot_and_that_works_on_is_waited_for(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder
 ) -> None:
     """Its lock tells that it lives. Slurm's own daemon on the node would end it, so that one is cut off first."""
-    sweep = Sweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=600", "checkpoint_steps=20")
+    sweep = ClusterSweep(cluster, tmp_path, cache, "-m", "experiment=smoke", "steps=600", "checkpoint_steps=20")
     launcher = sweep.start()
     sweep.wait_for_training()
     (process,) = job_processes(cluster)
@@ -397,7 +309,7 @@ def test_a_launcher_that_dies_is_not_missed(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     """`status` and `watch` need none; the same command again re-attaches. Nothing is submitted twice."""
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", "hydra.launcher.jobs=2")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0,1,2", "hydra.launcher.jobs=2")
     launcher = sweep.start()
     sweep.wait_for_training()
     launcher.kill()
@@ -423,7 +335,7 @@ def test_a_launcher_that_dies_is_not_missed(
 def test_cancel_saves_and_ends_everything(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0,1", "hydra.launcher.jobs=2")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0,1", "hydra.launcher.jobs=2")
     sweep.submit()
     sweep.wait_for_training()
     asked = sweep.ask("cancel")
@@ -441,7 +353,7 @@ def test_the_time_limit_only_interrupts(
     cluster: Cluster, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
     """A limit of two minutes, looked at by Slurm every half, and a job held up until the warning comes."""
-    sweep = Sweep(cluster, tmp_path, cache, *LONG, "seed=0")
+    sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     done = sweep.run("wait=false", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=60")
     assert done.returncode == 0, done.stderr
     sweep.wait_for_training()
@@ -458,7 +370,7 @@ def test_the_time_limit_only_interrupts(
 
 
 def test_records_hold_no_secret(cluster: Cluster, tmp_path: Path, cache: CacheFolder) -> None:
-    sweep = Sweep(cluster, tmp_path, cache, *QUICK)
+    sweep = ClusterSweep(cluster, tmp_path, cache, *QUICK)
     sweep.environment |= {"HF_TOKEN": "hf_not_for_disk"}
     sweep.finish()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
