@@ -105,8 +105,8 @@ class Capacity:
                 f"groups={list(self.groups)} must increase from at least 1 and end at dict_size={self.dict_size}; "
                 f"for no nesting use groups=[{self.dict_size}]"
             )
-        if not 0 <= self.prefix_weight < math.inf:
-            yield f"prefix_weight={self.prefix_weight} must be 0 or a positive number; 1 weighs all prefixes alike"
+        if not 0 <= self.prefix_weight <= 1000:
+            yield f"prefix_weight={self.prefix_weight} must lie between 0 and 1000; 1 weighs all prefixes alike"
 
 
 @dataclass(frozen=True)
