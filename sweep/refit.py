@@ -143,8 +143,7 @@ class Design:
 
     def add_to_latents(self, errors: Float[Tensor, "n n_groups d_out"], latents: Weights) -> None:
         """Only those of latents; `errors` then holds the weighted sum of the prefixes each group is part of."""
-        errors *= self.shares.unsqueeze(1)
-        add_later_(errors)
+        add_later_(errors, self.shares)
         latents += self.by_latent(errors.flatten(0, 1), self.row)
 
     def by_latent(self, rows: Float[Tensor, "n_rows d"], row: Int[Tensor, " n_active"]) -> Float[Tensor, "dict_size d"]:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ __all__ = [
     "show_results",
     "show_streams",
     "size",
+    "tally",
     "varied",
 ]
 
@@ -87,10 +89,7 @@ def show_plan(plan: Plan) -> None:
         flat = planned.cell.flat()
         table.add_row(planned.cell.cell_id, *(readable(flat[name]) for name in columns), planned.action, planned.reason)
     out.print(table)
-    counts: dict[str, int] = {}
-    for planned in plan.cells:
-        counts[planned.action] = counts.get(planned.action, 0) + 1
-    summary = ", ".join(f"{n} {action}" for action, n in counts.items())
+    summary = tally(planned.action for planned in plan.cells)
     out.print(f"{plural(len(plan.cells), 'cell')}: {summary}{'' if plan.gangs else '; nothing to run'}")
 
 
@@ -216,6 +215,11 @@ def show_entries(found: Sequence[tuple[Entry, bool]]) -> None:
         table.add_row(each.kind, each.what, size(each.n_bytes), when, where)
     out.print(table)
     out.print(f"{len(found)} in all, {size(sum(each.n_bytes for each, _ in found))}")
+
+
+def tally(words: Iterable[str]) -> str:
+    """How often each comes: `3 pending (Priority), 1 killed`."""
+    return ", ".join(f"{n} {word}" for word, n in Counter(words).items())
 
 
 def plural(n: int, word: str, ending: str = "s") -> str:

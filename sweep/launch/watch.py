@@ -4,8 +4,7 @@ Everything shown is read from the cells' `status.json`; nothing is asked of a jo
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from sweep.config import Cell
 from sweep.errors import Interrupted
 from sweep.failures import words as words_for
 from sweep.launch import console
-from sweep.launch.console import duration, out, plural, readable, varied
+from sweep.launch.console import duration, out, plural, readable, tally, varied
 from sweep.launch.plan import Planned
 from sweep.paths import ResultsFolder
 from sweep.progress import Snapshot
@@ -186,7 +185,7 @@ class Watcher:
             flat = row.cell.flat()
             table.add_row(row.cell.cell_id, *(readable(flat[name]) for name in columns), *row.texts)
         if hidden := urgent[room:]:
-            table.add_row(f"and {len(hidden)} more:", counted(row.word for row in hidden))
+            table.add_row(f"and {len(hidden)} more:", tally(row.word for row in hidden))
         return table
 
     def _note(self, rows: dict[str, Row]) -> None:
@@ -215,15 +214,10 @@ class Watcher:
                 label = f"job {name}, {plural(len(cell_ids), 'cell')}: " if jobs.n_jobs > 1 else ""
                 out.print(label + console.line(progress))
                 self._spoke = now
-        if due and (waiting := counted(jobs.words.values())) != self._waiting:
+        if due and (waiting := tally(jobs.words.values())) != self._waiting:
             self._waiting, self._spoke = waiting, now
             if waiting:
                 out.print(f"not yet at work: {waiting}")
-
-
-def counted(words: Iterable[str]) -> str:
-    """How often each comes: `3 pending (Priority), 1 killed`."""
-    return ", ".join(f"{n} {word}" for word, n in Counter(words).items())
 
 
 def ending(row: Row) -> str:

@@ -169,8 +169,7 @@ def gradients(
             d_values = revived.matrix(n_dead, (aux_errors @ decoder.T).gather(1, revived.place))
             share = Share(dead, encoder=d_values.T @ source, decoder=values.T @ aux_errors)
             b_enc[dead] = d_values.sum(dim=0)
-    errors *= (shares * (2 / target.numel())).unsqueeze(1)
-    add_later_(errors)
+    add_later_(errors, shares * (2 / target.numel()))
 
     d_value = products(rows, params.W_dec, starts, active.latent)
     order = active.latent.argsort(stable=True)
@@ -196,8 +195,9 @@ def rows_of(active: Active, capacity: Capacity) -> Int64[Tensor, " n"]:
     return active.token * len(capacity.groups) + torch.bucketize(active.latent, ends, right=True)
 
 
-def add_later_(errors: Float[Tensor, "n n_groups d"]) -> None:
-    """Sum over the prefixes that each group is part of, in place."""
+def add_later_(errors: Float[Tensor, "n n_groups d"], weights: Float[Tensor, " n_groups"]) -> None:
+    """Weigh each prefix, then sum for each group over those that it is part of, in place."""
+    errors *= weights.unsqueeze(1)
     for group in reversed(range(errors.shape[1] - 1)):
         errors[:, group] += errors[:, group + 1]
 
