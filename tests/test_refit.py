@@ -14,6 +14,7 @@ from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.language_model import Activations
 from sweep.refit import refit, stacked
+from sweep.step import active
 from sweep.step.loss import transcoder_loss
 from sweep.transcoder import Parameters, select
 
@@ -23,6 +24,9 @@ N, D_IN, D_OUT = 300, 7, 5
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", 70)
+    monkeypatch.setattr(active, "MIN_BLOCK", 7)
+    for rule in active.BLOCK_BYTES:
+        monkeypatch.setitem(active.BLOCK_BYTES, rule, 2000)
 
 
 def case(**options: Any) -> tuple[Parameters, Capacity, Activations, float | None]:
@@ -56,7 +60,9 @@ def design(params: Parameters, capacity: Capacity, data: Activations) -> tuple[T
 
 CASES = [
     {"activation": activation, "skip": skip, "prefix_weight": weight}
-    for activation, skip, weight in (("batch_top_k", True, 1.0), ("batch_top_k", False, 0.3), ("top_k", True, 0.3))
+    for activation in ("batch_top_k", "top_k")
+    for skip in (True, False)
+    for weight in (1.0, 0.3)
 ]
 
 
