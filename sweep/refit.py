@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.language_model import Activations
-from sweep.step.active import BLOCK_BYTES, Active, encode, entries, pre_latents_in_blocks
-from sweep.step.sparse import add_later_, counted, rows_of, weighted_sums
+from sweep.step.active import BLOCK_BYTES, encode, pre_latents_in_blocks
+from sweep.step.entries import Active, counted, entries, sorting, weighted_sums
+from sweep.step.sparse import add_later_, rows_of
 from sweep.transcoder import Parameters
 
 __all__ = ["refit"]
@@ -105,7 +106,7 @@ class Design:
     def of(cls, active: Active, source: Tensor, target: Tensor, capacity: Capacity) -> "Design":
         n_tokens, n_groups = len(source), len(capacity.groups)
         row = rows_of(active, capacity)
-        order = active.latent.argsort(stable=True)
+        order = sorting(active.latent)
         ones = source.new_ones(n_tokens, 1)
         return cls(
             target=target,

@@ -72,10 +72,13 @@ def test_what_is_saved_predicts_as_training_does_in_raw_units() -> None:
     transcoder = finish(state, cell, [Activations(source, target)])
     scaled = source * state.source_scale
     pre = scaled @ p.W_enc + p.b_enc
-    kept = torch.where(pre > pre.flatten().topk(1601).values[-1], pre, 0)
+    least = pre.flatten().topk(1601).values[-1]
+    kept = torch.where(pre > least, pre, 0)
     wanted = (kept @ p.W_dec + p.b_dec + scaled @ p.W_skip) / state.target_scale
     found = transcoder.decode(transcoder.encode(source), source)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    clear = ((pre - least).abs() > 1e-5 * least).all(dim=1)  # what lies at the threshold may fall to either side
+    assert clear.sum() >= len(source) - 2
+    torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-3, atol=1e-3)
 
 
 def test_finish_changes_nothing_in_the_state() -> None:

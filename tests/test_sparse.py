@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sweep.config import Capacity, Revival, Schedule
 from sweep.state import TrainState
-from sweep.step import active, reference, sparse
+from sweep.step import active, reference, screen, sparse
 from sweep.step.active import BatchTopK, encode
+from sweep.step.entries import Active
 from sweep.step.step import train_step_
 from sweep.transcoder import Parameters, pre_latents, select
 
@@ -24,6 +25,11 @@ SCHEDULE = Schedule(3e-3, 100, BATCH, 0, "constant", 3e-3, (0.9, 0.999), "float3
 NONE = torch.zeros(0, dtype=torch.int64)
 
 each_rule = pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
+each_search = pytest.mark.parametrize(
+    ("activation", "bounds"),
+    [("batch_top_k", False), ("batch_top_k", True), ("top_k", False)],
+    ids=["", "bounds", "top_k"],
+)
 each_skip = pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 each_nesting = pytest.mark.parametrize("groups", [(WIDTH,), GROUPS], ids=["plain", "nested"])
 
@@ -68,7 +74,7 @@ def make_batch(seed: int = 1, whole_numbers: bool = False, dtype: torch.dtype = 
     return (source.round() if whole_numbers else source), target
 
 
-def dense(entries: active.Active) -> Tensor:
+def dense(entries: Active) -> Tensor:
     matrix = torch.zeros(BATCH, WIDTH, dtype=entries.value.dtype)
     return matrix.index_put((entries.token, entries.latent), entries.value)
 
@@ -162,12 +168,16 @@ def test_batch_top_k_holds_at_most_twice_what_it_needs_and_a_block() -> None:
     assert torch.equal(search.active().value.sort().values, pre.flatten().sort().values[-100:])
 
 
-@each_rule
-def test_weights_that_are_no_numbers_show_in_the_loss(activation: str) -> None:
+@each_search
+def test_weights_that_are_no_numbers_show_in_the_loss(
+    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "pays", lambda source: bounds)
     for where in (slice(None), slice(3, 4)):
-        params = make_params()
+        params = make_params(dtype=torch.float32)
         params.W_enc[:, where] = torch.nan
-        loss, _, _ = sparse.gradients(params, *make_batch(), capacity(activation), Revival(0.0, 8, 5), NONE)
+        batch = make_batch(dtype=torch.float32)
+        loss, _, _ = sparse.gradients(params, *batch, capacity(activation), Revival(0.0, 8, 5), NONE)
         assert not loss.total.isfinite()
 
 
@@ -196,33 +206,38 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@each_rule
-def test_training_never_holds_batch_times_dict_size(activation: str) -> None:
-    params = make_params()
+@each_search
+def test_training_never_holds_batch_times_dict_size(
+    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "pays", lambda source: bounds)
+    monkeypatch.setattr(active, "BLOCK_BYTES", {activation: 28 * BATCH * (2 if bounds else 4)})
+    params = make_params(dtype=torch.float32)
     params.b_enc[20:80] = -100.0
     state, cap, revival = TrainState.initial(params, 1.0, 1.0), capacity(activation, top_k=4), Revival(0.5, 8, 3)
     for seed in range(4):
         with LargestTensor() as largest:
-            report = train_step_(state, *make_batch(seed), cap, SCHEDULE, revival)
+            report = train_step_(state, *make_batch(seed, dtype=torch.float32), cap, SCHEDULE, revival)
         assert largest.numel < BATCH * WIDTH / 2
     assert report.n_dead >= 60
     with LargestTensor() as largest:  # the spy sees what it should
-        train_step_(state, *make_batch(), cap, SCHEDULE, revival, reference.learn_)
+        train_step_(state, *make_batch(dtype=torch.float32), cap, SCHEDULE, revival, reference.learn_)
     assert largest.numel >= BATCH * WIDTH
 
 
-@each_rule
-@pytest.mark.parametrize("top_k_aux", [24, 300], ids=["", "multiplied out"])
+@each_search
 def test_steps_are_the_same_bits_for_any_number_of_threads(
-    activation: str, top_k_aux: int, monkeypatch: pytest.MonkeyPatch
+    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for what is multiplied out, as the library may cut those sums by threads."""
     monkeypatch.undo()
+    monkeypatch.setattr(screen, "pays", lambda source: bounds)
     width, batch, d = 4096, 512, 96
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(width, d, generator=g)
     params = Parameters(torch.randn(d, width, generator=g), torch.zeros(width), rows, torch.zeros(d))
     cap = Capacity(width, 16, activation, (512, width))  # type: ignore[arg-type]
-    revival = Revival(0.5, top_k_aux, 9)
+    revival = Revival(0.5, 24, 9)
     source, target = torch.randn(batch, d, generator=g), torch.randn(batch, d, generator=g)
     states, losses = [], []
     threads = torch.get_num_threads()
@@ -242,7 +257,9 @@ def test_steps_are_the_same_bits_for_any_number_of_threads(
             assert torch.equal(tensor, states[0].tensors()[name]), name
 
 
-def test_the_guess_changes_no_bit() -> None:
+@pytest.mark.parametrize("bounds", [False, True], ids=["", "bounds"])
+def test_the_guess_changes_no_bit(bounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "pays", lambda source: bounds)
     params, batch = make_params(dtype=torch.float32), make_batch(dtype=torch.float32)
     results = []
     for threshold in (0.0, 2.0, 1e9):

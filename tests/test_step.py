@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
+from sweep.step import screen
 from sweep.step.reference import gradients
 from sweep.step.step import train_step_
 from sweep.step.update import BIAS_RATE, update_
@@ -284,7 +285,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
-def test_bfloat16_rounds_products_and_nothing_that_is_kept(activation: str) -> None:
+def test_bfloat16_rounds_products_and_nothing_that_is_kept(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "pays", lambda source: False)
     cells = [
         step_cell(step_dtype=dtype, activation=activation, n_batches_to_dead=2) for dtype in ("float32", "bfloat16")
     ]

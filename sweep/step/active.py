@@ -3,20 +3,25 @@
 The encoder runs over a few latents at a time, for all tokens: so each of its weights is read once. Of each piece only
 entries that may still be among the largest are kept, so what stays is a few numbers per active latent, and the
 pre-latents of the dead. The result is exact: the entries that `sweep.transcoder.select` leaves, in the same order, with
-the same rule for equals.
+the same rule for equals. Batch top-k searches among bounds first, where those take less time than pre-latents
+(`sweep.step.screen`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.config import Capacity
+from sweep.step import screen
+from sweep.step.entries import Active, entries, places
+from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["BLOCK_BYTES", "Active", "Revived", "encode"]
+__all__ = ["BLOCK_BYTES", "Revived", "encode", "pre_latents_in_blocks"]
 
 BLOCK_BYTES = {"batch_top_k": 4 << 20, "top_k": 16 << 20}
 """Pre-latents held at once: they stay in cache while they are searched. The more latents, the better the bound of the
@@ -28,30 +33,14 @@ MIN_BLOCK = 256
 MARGIN = 0.9
 """Where batch top-k starts its search, as a share of the last batch's threshold."""
 
+MOST_KEPT = 4
+"""Entries that bounds may leave, as a multiple of those wanted, before pre-latents take less time and memory."""
+
+TINY = torch.finfo(torch.float32).tiny
+"""What is less counts as zero."""
+
 GROUP_SIZE = 16
 """Latents that share a maximum in the search of top-k."""
-
-
-@dataclass(frozen=True)
-class Active:
-    """Entries of a sparse [batch, dict_size] matrix."""
-
-    token: Int64[Tensor, " n"]
-    latent: Int64[Tensor, " n"]
-    value: Float[Tensor, " n"]
-
-    @classmethod
-    def join(cls, parts: list["Active"]) -> "Active":
-        columns = zip(*((part.token, part.latent, part.value) for part in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
-
-    def where(self, chosen: Tensor) -> "Active":
-        """The chosen entries, by mask or index."""
-        return Active(self.token[chosen], self.latent[chosen], self.value[chosen])
-
-    def by_token(self) -> "Active":
-        """Ordered by token; those of a token stay in the order they have."""
-        return self.where(self.token.argsort(stable=True))
 
 
 @dataclass(frozen=True)
@@ -86,26 +75,57 @@ def encode(
     `threshold` is a guess of the smallest active latent of a batch top-k: it decides how long this takes, not what
     comes out.
     """
-    n_bytes = BLOCK_BYTES[capacity.activation]
-    search: BatchTopK | TopK
-    if capacity.activation == "batch_top_k":
-        search = BatchTopK(capacity.top_k * len(source), MARGIN * threshold)
-    else:
-        search = TopK(capacity.top_k)
-    dead_pre = []
+    n_wanted, guess = capacity.top_k * len(source), MARGIN * threshold
+    if capacity.activation == "batch_top_k" and screen.pays(source):
+        bounds = Screen(params, source)
+        active = screened(bounds, n_wanted, guess) or screened(bounds, n_wanted, 0.0)
+        if active and bounds.hold:
+            dead_pre = torch.addmm(params.b_enc[dead], source, params.W_enc.T[dead].T)
+            return active, revived(dead_pre, top_k_aux)
+    search = BatchTopK(n_wanted, guess) if capacity.activation == "batch_top_k" else TopK(capacity.top_k)
+    dead_pre = searched(search, params, source, BLOCK_BYTES[capacity.activation], dead)
+    if isinstance(search, BatchTopK) and search.missed_some:
+        search = BatchTopK(n_wanted, 0.0)
+        searched(search, params, source, BLOCK_BYTES[capacity.activation], dead[:0])
+    return search.active(), revived(dead_pre, top_k_aux)
+
+
+def screened(bounds: Screen, n_wanted: int, guess: float) -> Active | None:
+    """The `n_wanted` largest positive entries of a batch; None where the guess was too high or bounds are too wide."""
+    search = BatchTopK(n_wanted, guess, bounds.below)
+    for latents, block in bounds.blocks(BLOCK_BYTES["batch_top_k"]):
+        search.keep(bounds.above(latents, block, search.bound))
+        if search.n_needed > MOST_KEPT * n_wanted:
+            return None
+    kept = bounds.exact(search.kept())
+    if search.guess > 0 and int((kept.value < search.guess).logical_not_().count_nonzero()) < n_wanted:
+        return None
+    return of_batch(kept, n_wanted)
+
+
+def searched(
+    search: "BatchTopK | TopK",
+    params: Parameters,
+    source: Float[Tensor, "batch d_in"],
+    n_bytes: int,
+    dead: Int64[Tensor, " n_dead"],
+) -> Float[Tensor, "batch n_dead"]:
+    """Give all pre-latents to a search; those of the dead come back."""
+    dead_pre = [source.new_empty(len(source), 0)]
     for latents, pre in pre_latents_in_blocks(params, source, n_bytes):
         search.add(latents.start, pre)
         if len(dead):
             first, last = torch.searchsorted(dead, dead.new_tensor([latents.start, latents.stop])).tolist()
             dead_pre.append(pre.index_select(1, dead[first:last] - latents.start))
-    if isinstance(search, BatchTopK) and search.missed_some:  # the guess was too high
-        search = BatchTopK(search.n_wanted, 0.0)
-        for latents, pre in pre_latents_in_blocks(params, source, n_bytes):
-            search.add(latents.start, pre)
-    if not dead_pre:
-        return search.active(), None
-    values, places = torch.cat(dead_pre, dim=1).topk(min(top_k_aux, len(dead)), dim=1, sorted=False)
-    return search.active(), Revived(places, values)
+    return torch.cat(dead_pre, dim=1)
+
+
+def revived(dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> Revived | None:
+    """The largest pre-latents of each token, if any latent is dead."""
+    if dead_pre.shape[1] == 0:
+        return None
+    value, place = dead_pre.topk(min(top_k_aux, dead_pre.shape[1]), dim=1, sorted=False)
+    return Revived(place, value)
 
 
 def pre_latents_in_blocks(
@@ -125,37 +145,57 @@ class BatchTopK:
     """Collects the `n_wanted` largest positive entries of a batch that comes in blocks of latents.
 
     What is less than `bound` is not kept. It rises when more is kept than is needed, and only a guess that it starts
-    from can be wrong.
+    from can be wrong. Where values are bounds from above, `below` gives those from below.
+
+    `n_needed` entries could not be told apart when that was last tried.
     """
 
-    def __init__(self, n_wanted: int, guess: float) -> None:
+    def __init__(self, n_wanted: int, guess: float, below: Callable[[Active], Tensor] = attrgetter("value")) -> None:
         self.n_wanted = n_wanted
         self.guess = guess if guess > 0 else 0.0  # also where it is no number
-        self.bound = self.guess
+        self.bound = max(self.guess, TINY)
+        self._below = below
         self._kept: list[Active] = []
-        self._n_kept = 0
+        self._n_kept = self.n_needed = 0
 
     def add(self, start: int, pre: Float[Tensor, "batch n"]) -> None:
-        self.bound = max(self.bound, torch.finfo(pre.dtype).tiny)
-        self._keep(entries(start, pre, (pre < self.bound).logical_not_()))
-        if self._n_kept > 2 * self.n_wanted:
-            kept = Active.join(self._kept)
-            self._kept, self._n_kept = [], 0
-            self.bound = max(self.bound, float(kept.value.topk(self.n_wanted, sorted=False).values.min()))
-            self._keep(kept.where((kept.value < self.bound).logical_not_()))  # all equals: the order is not known yet
+        self.keep(entries(start, pre, (pre < self.bound).logical_not_()))
 
-    def _keep(self, part: Active) -> None:
+    def keep(self, part: Active) -> None:
+        """Add entries that were found to be no less than the bound."""
         self._kept.append(part)
         self._n_kept += len(part.value)
+        if self._n_kept > 2 * max(self.n_wanted, self.n_needed):
+            self._prune()
+            self.n_needed = self._n_kept
+
+    def _prune(self) -> None:
+        kept = Active.join(self._kept)
+        if len(kept.value) > self.n_wanted:
+            self.bound = max(self.bound, float(self._below(kept).topk(self.n_wanted, sorted=False).values.min()))
+            large = (kept.value < self.bound).logical_not_()
+            kept = kept.where(places(large))  # all equals: the order is not known yet
+        self._kept, self._n_kept = [kept], len(kept.value)
 
     @property
     def missed_some(self) -> bool:
+        """Whether the guess was too high."""
         return self._n_kept < self.n_wanted and self.guess > 0
+
+    def kept(self) -> Active:
+        """What may be among the largest."""
+        self._prune()
+        return self._kept[0]
 
     def active(self) -> Active:
         """The largest of what was added."""
-        kept = Active.join(self._kept).by_token()
-        return kept.where(largest(kept.value.unsqueeze(0), self.n_wanted).squeeze(0))
+        return of_batch(Active.join(self._kept), self.n_wanted)
+
+
+def of_batch(found: Active, n: int) -> Active:
+    """The `n` largest entries, by token; of equals the first."""
+    found = found.by_token()
+    return found.where(places(largest(found.value.unsqueeze(0), n).squeeze(0)))
 
 
 class TopK:
@@ -180,7 +220,7 @@ class TopK:
             maxima = maxima.topk(self.k, dim=1, sorted=False).values
             bound = maxima.amin(dim=1, keepdim=True)
         self._maxima = [maxima]
-        self._kept.append(entries(start, pre, (pre < bound.clamp_min(torch.finfo(pre.dtype).tiny)).logical_not_()))
+        self._kept.append(entries(start, pre, (pre < bound.clamp_min(TINY)).logical_not_()))
 
     def active(self) -> Active:
         """The largest of what was added."""
@@ -189,10 +229,3 @@ class TopK:
         shape = (int(kept.token[-1]) + 1, int(place.max()) + 1) if len(place) else (0, 0)
         padded = kept.value.new_zeros(shape).index_put_((kept.token, place), kept.value)
         return kept.where(largest(padded, self.k)[kept.token, place])
-
-
-def entries(start: int, pre: Float[Tensor, "batch n"], where: Tensor) -> Active:
-    """Those entries of a block where the mask is true, in order; `start` is its first latent."""
-    flat = where.flatten().nonzero().squeeze(1)
-    token = flat.div(pre.shape[1], rounding_mode="floor")
-    return Active(token, flat - token * pre.shape[1] + start, pre.flatten()[flat])

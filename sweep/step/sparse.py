@@ -12,17 +12,16 @@
 The numbers are those of `sweep.step.loss`, which defines what is minimised, up to rounding.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
-from sweep.step.active import Active, encode
+from sweep.step.active import encode
+from sweep.step.entries import Active, counted, products, sorting, weighted_sums
 from sweep.step.loss import Loss
 from sweep.step.update import update_latents_, update_shared_
 from sweep.transcoder import Parameters
@@ -34,10 +33,6 @@ BLOCK_WEIGHTS = 1 << 17
 
 DENSE_SHARE = 0.2
 """From this share of the dead latents in use, dense products over the dead are faster than sums over entries."""
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
-    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([0])[:0], torch.tensor([0.0])[:0], (1, 1))
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ def gradients(
     add_later_(errors, shares * (2 / target.numel()))
 
     d_value = products(rows, params.W_dec, starts, active.latent)
-    order = active.latent.argsort(stable=True)
+    order = sorting(active.latent)
     grads = Gradients(
         source=source,
         d_rows=rows,
@@ -200,36 +195,6 @@ def add_later_(errors: Float[Tensor, "n n_groups d"], weights: Float[Tensor, " n
     errors *= weights.unsqueeze(1)
     for group in reversed(range(errors.shape[1] - 1)):
         errors[:, group] += errors[:, group + 1]
-
-
-def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_values_and_1"]:
-    """Where each value starts in the sorted index, and the length."""
-    starts = index.new_zeros(n_values + 1)
-    torch.cumsum(torch.bincount(index, minlength=n_values), dim=0, out=starts[1:])
-    return starts
-
-
-def weighted_sums(
-    rows: Float[Tensor, "m d"],
-    index: Int[Tensor, " n"],
-    starts: Int[Tensor, " n_sums"],
-    weights: Float[Tensor, " n"],
-) -> Float[Tensor, "n_sums d"]:
-    """Sum i is that of rows[index] * weights over entries from starts[i] to starts[i + 1]."""
-    return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights)
-
-
-def products(
-    left: Float[Tensor, "n_rows d"],
-    right: Float[Tensor, "dict_size d"],
-    starts: Int64[Tensor, " n_rows_and_1"],
-    latent: Int64[Tensor, " n"],
-) -> Float[Tensor, " n"]:
-    """left @ right.T at the entries of a sparse matrix in CSR form."""
-    pattern = torch.sparse_csr_tensor(
-        starts, latent, left.new_zeros(len(latent)), (len(left), len(right)), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
 def mean_squares(errors: Float[Tensor, "batch n d"]) -> Float[Tensor, " n"]:

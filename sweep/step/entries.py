@@ -1,0 +1,93 @@
+"""Entries of a sparse [batch, dict_size] matrix, and the sums and products that only touch those."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+__all__ = ["Active", "counted", "entries", "places", "products", "sorting", "weighted_sums"]
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([0])[:0], torch.tensor([0.0])[:0], (1, 1))
+
+
+@dataclass(frozen=True)
+class Active:
+    """Entries of a sparse [batch, dict_size] matrix."""
+
+    token: Int64[Tensor, " n"]
+    latent: Int64[Tensor, " n"]
+    value: Float[Tensor, " n"]
+
+    @classmethod
+    def join(cls, parts: list["Active"]) -> "Active":
+        columns = zip(*((part.token, part.latent, part.value) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def where(self, chosen: Tensor) -> "Active":
+        """The chosen entries, by mask or index."""
+        return Active(self.token[chosen], self.latent[chosen], self.value[chosen])
+
+    def by_token(self) -> "Active":
+        """Ordered by token; those of a token stay in the order they have."""
+        return self.where(sorting(self.token))
+
+    def by_latent(self) -> "Active":
+        """Ordered by latent; those of a latent stay in the order they have."""
+        return self.where(sorting(self.latent))
+
+
+def entries(start: int, values: Float[Tensor, "batch n"], where: Bool[Tensor, "batch n"]) -> Active:
+    """Those entries of a block where the mask is true, in order; `start` is its first latent."""
+    flat = places(where.flatten())
+    token = flat.div(values.shape[1], rounding_mode="floor")
+    return Active(token, flat - token * values.shape[1] + start, values.flatten()[flat])
+
+
+def places(mask: Bool[Tensor, " n"]) -> Int64[Tensor, " n_true"]:
+    """Where a mask is true that rarely is: first where any of eight is, as `nonzero` takes long for what is false."""
+    whole = len(mask) // 8 * 8
+    words = mask[:whole].view(torch.int64)
+    word = words.nonzero().squeeze(1)
+    place = words[word].view(torch.bool).nonzero().squeeze(1)
+    found = word[place >> 3].mul_(8).add_(place & 7)
+    return torch.cat([found, mask[whole:].nonzero().squeeze(1) + whole])
+
+
+def sorting(index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """What sorts small numbers, in their order where they are equal; in 32 bits that takes half as long."""
+    return index.int().argsort(stable=True)
+
+
+def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_values_and_1"]:
+    """Where each value starts in the sorted index, and the length."""
+    starts = index.new_zeros(n_values + 1)
+    torch.cumsum(torch.bincount(index, minlength=n_values), dim=0, out=starts[1:])
+    return starts
+
+
+def weighted_sums(
+    rows: Float[Tensor, "m d"],
+    index: Int[Tensor, " n"],
+    starts: Int[Tensor, " n_sums"],
+    weights: Float[Tensor, " n"],
+) -> Float[Tensor, "n_sums d"]:
+    """Sum i is that of rows[index] * weights over entries from starts[i] to starts[i + 1]."""
+    return embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def products(
+    left: Float[Tensor, "n_rows d"],
+    right: Float[Tensor, "dict_size d"],
+    starts: Int64[Tensor, " n_rows_and_1"],
+    latent: Int64[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """left @ right.T at the entries of a sparse matrix in CSR form."""
+    pattern = torch.sparse_csr_tensor(
+        starts, latent, left.new_zeros(len(latent)), (len(left), len(right)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

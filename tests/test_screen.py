@@ -1,0 +1,129 @@
+"""Bounds by products in bfloat16: they hold, and what is found by them is what the exact values of everything say."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sweep.config import Capacity
+from sweep.step import active, screen
+from sweep.step.active import encode
+from sweep.step.entries import Active
+from sweep.step.screen import Screen
+from sweep.transcoder import Parameters, select
+
+BATCH, D_IN, WIDTH = 32, 24, 100
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def make(seed: int, spread: float, mean: float, bias: float, whole_numbers: bool) -> tuple[Parameters, Tensor]:
+    """Weights and sources; dimensions, latents and tokens differ in size by up to e to the `spread`."""
+    g = torch.Generator().manual_seed(seed)
+
+    def sizes(n: int) -> Tensor:
+        return ((torch.rand(n, generator=g) - 0.5) * spread).exp()
+
+    weights = torch.randn(WIDTH, D_IN, generator=g) * sizes(D_IN) * sizes(WIDTH).unsqueeze(1)
+    source = torch.randn(BATCH, D_IN, generator=g) * sizes(D_IN) * sizes(BATCH).unsqueeze(1) + mean * sizes(D_IN)
+    biases = torch.randn(WIDTH, generator=g) * bias
+    if whole_numbers:
+        weights, source, biases = weights.round(), source.round(), biases.round()
+    params = Parameters(weights.T, biases, torch.zeros(WIDTH, 1), torch.zeros(1))
+    return params, source
+
+
+made = given(
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.0, 2.0, 20.0]),
+    mean=st.sampled_from([0.0, 1.0, 30.0]),
+    bias=st.sampled_from([0.0, 1.0, 1e3]),
+    whole_numbers=st.booleans(),
+)
+
+
+def everything(bounds: Screen) -> Active:
+    """Every entry whose bound is positive, by way of blocks that divide nothing."""
+    return Active.join([bounds.above(latents, block, 1e-30) for latents, block in bounds.blocks(7 * 2 * BATCH)])
+
+
+@made
+@settings(max_examples=60, deadline=None)
+def test_pre_latents_lie_between_their_bounds(
+    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+) -> None:
+    params, source = make(seed, spread, mean, bias, whole_numbers)
+    bounds = Screen(params, source)
+    exact = source.double() @ params.W_enc.double() + params.b_enc.double()
+    found = everything(bounds)
+    at = found.token, found.latent
+    assert bounds.hold
+    assert (exact[at] <= found.value.double()).all()
+    assert (exact[at] >= bounds.below(found).double()).all()
+    missing = torch.ones_like(exact, dtype=torch.bool).index_put(at, torch.tensor(False))
+    assert (exact[missing] < 1e-30).all()
+    own = bounds.exact(found)
+    scale = source.norm(dim=1)[own.token] * params.W_enc.norm(dim=0)[own.latent] + params.b_enc[own.latent].abs()
+    assert ((own.value - exact[own.token, own.latent]).abs() <= 1e-5 * scale).all()
+
+
+@made
+@settings(max_examples=60, deadline=None)
+def test_the_largest_of_a_batch_are_those_of_all_exact_values(
+    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+) -> None:
+    params, source = make(seed, spread, mean, bias, whole_numbers)
+    token = torch.arange(BATCH).repeat_interleave(WIDTH)
+    every = Screen(params, source).exact(Active(token, torch.arange(WIDTH).repeat(BATCH), token.float()))
+    pre = torch.empty(BATCH, WIDTH).index_put((every.token, every.latent), every.value)
+    for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
+        cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
+        wanted = select(pre, cap)
+        for threshold in (guess, float(wanted[wanted > 0].min())):
+            found = searched_among_bounds(params, source, cap, threshold)
+            place = found.token * WIDTH + found.latent
+            assert place.diff().gt(0).all()
+            assert torch.equal(torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value), wanted)
+
+
+def test_where_bounds_tell_nothing_apart_exact_values_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, source = make(0, 0.0, 0.0, 1.0, False)
+    params.W_enc[0] = 0.0
+    source[:, 0] = 1e6 * torch.randn(BATCH, generator=torch.Generator().manual_seed(1))
+    cap = Capacity(WIDTH, 2, "batch_top_k", (WIDTH,))
+    monkeypatch.setattr(active, "BLOCK_BYTES", {"batch_top_k": 7 * 4 * BATCH})
+    wanted = select(source @ params.W_enc + params.b_enc, cap)
+    for threshold in (0.0, float(wanted[wanted > 0].min())):
+        monkeypatch.setattr(screen, "pays", lambda source: True)
+        assert active.screened(Screen(params, source), 2 * BATCH, threshold) is None
+        found, _ = encode(params, source, cap, threshold, NONE, 1)
+        assert torch.equal(found.token * WIDTH + found.latent, wanted.flatten().nonzero().squeeze(1))
+
+
+def searched_among_bounds(params: Parameters, source: Tensor, cap: Capacity, threshold: float) -> Active:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "pays", lambda source: True)
+        patch.setattr(active, "BLOCK_BYTES", {"batch_top_k": 7 * 2 * BATCH})
+        patch.setattr(active, "MOST_KEPT", WIDTH)
+        patch.setattr(active, "searched", None)  # the exact search
+        return encode(params, source, cap, threshold, NONE, 1)[0]
+
+
+def test_what_is_no_number_has_no_bounds() -> None:
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for where in ("W_enc", "b_enc", "source"):
+            params, source = make(0, 2.0, 0.0, 1.0, False)
+            tensor = source if where == "source" else getattr(params, where)
+            tensor[..., 3] = value
+            bounds = Screen(params, source)
+            everything(bounds)
+            assert not bounds.hold
+
+
+def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.zeros(1, 1)
+    for fast in (True, False):
+        monkeypatch.setattr(screen, "has_fast_bfloat16", lambda fast=fast: fast)
+        assert screen.pays(source) is fast
+        assert not screen.pays(source.double())
+        assert not screen.pays(source.to("meta"))
