@@ -40,9 +40,9 @@ MAX_BYTES = 16 << 20
 NEVER = torch.iinfo(torch.int64).max
 
 
-def pieces(n_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Consecutive slices of `n_rows` rows that stay within MAX_BYTES each; one row at least."""
-    step = max(MAX_BYTES // row_bytes, 1)
+def pieces(n_rows: int, row_bytes: int, max_bytes: int | None = None) -> Iterator[slice]:
+    """Consecutive slices of `n_rows` rows that stay within `max_bytes` each, MAX_BYTES without; one row at least."""
+    step = max((max_bytes or MAX_BYTES) // row_bytes, 1)
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 

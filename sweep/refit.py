@@ -20,7 +20,7 @@ from sweep.config import Capacity
 from sweep.language_model import Activations
 from sweep.step.active import BLOCK_BYTES, encode, pre_latents_in_blocks
 from sweep.step.entries import Active, counted, entries, sorting, weighted_sums
-from sweep.step.sparse import add_later_, rows_of
+from sweep.step.sparse import add_earlier_, add_later_, rows_of
 from sweep.transcoder import Parameters
 
 __all__ = ["refit"]
@@ -124,7 +124,8 @@ class Design:
         """What the latents of each prefix add up to."""
         rows = weighted_sums(latents, self.latent, self.row_starts, self.value)
         prefixes = rows.view(len(self.target), len(self.shares), -1)
-        return torch.cumsum(prefixes, dim=1, out=prefixes) if len(self.shares) > 1 else prefixes
+        add_earlier_(prefixes)
+        return prefixes
 
     def errors(self, weights: Weights) -> Float[Tensor, "n n_groups d_out"]:
         n_latents = len(self.latent_starts)
@@ -133,8 +134,8 @@ class Design:
 
     def loss(self, weights: Weights) -> float:
         """What is minimised, summed over tokens and dimensions."""
-        prefixes = self.errors(weights).square().sum(dim=(0, 2), dtype=torch.float64)
-        return float(prefixes @ self.shares.double())
+        of_tokens = torch.linalg.vector_norm(self.errors(weights), dim=2).double()
+        return float(of_tokens.square().sum(dim=0) @ self.shares.double())
 
     def add_back(self, errors: Float[Tensor, "n n_groups d_out"], weights: Weights) -> None:
         """Add to all weights what they contributed to, times the errors of it; `errors` is used up."""

@@ -241,7 +241,7 @@ def test_pieces_of_unlike_length_change_nothing(monkeypatch: pytest.MonkeyPatch)
     """A large vocabulary is held against the clean pass a few tokens at a time, the last of them fewer."""
     rows, logits = torch.randint(11, (3, 9)), torch.randn(2, 3, 9, 11)
     whole = causal.Clean(Forward(rows, logits[0], {}, {})).against(logits[1])
-    monkeypatch.setattr("sweep.metrics.MAX_BYTES", 4 * 11 * 8)
+    monkeypatch.setattr(causal, "PIECE_BYTES", 4 * 11 * 8)
     clean = causal.Clean(Forward(rows, logits[0], {}, {}))
     assert [piece.stop - piece.start for piece in clean._pieces()] == [8, 8, 5]
     for sums, expected in zip(clean.against(logits[1]), whole, strict=True):
