@@ -1,8 +1,10 @@
 """What sharing saves: `python -m benchmarks.sweep --json sweep.json` (`--model tiny` for a try in a minute).
 
-grid    a gang of cells that differ in their seed, as one command, against as many separate commands; no activation
-        cache, model and tokens ready. And against its parts: one language-model pass plus the cells' own steps.
-        Seconds on the clock and, under `cpu_`, of the processor, which other work on the machine changes less.
+grid    a gang of cells that differ in their seed, as one command, against as many separate commands, on a small budget;
+        no activation cache, model and tokens ready. Seconds on the clock and, under `cpu_`, of the processor, which
+        other work on the machine changes less.
+parts   the gang alone, on the default budget with the default cache, empty at first, against its parts: one
+        language-model pass plus the cells' own steps.
 layers  tokens that go through the language model for one layer and for three.
 cache   tokens a second that the activation cache reads, each block once.
 pairs   the exact comparison of all decoder rows against a blocked product of all rows with all rows.
@@ -35,6 +37,9 @@ Row = dict[str, Any]
 Taken = tuple[float, float]
 """Seconds on the clock, and of the processor."""
 
+KINDS = ("", "cpu_")
+"""Of seconds: those on the clock and those of the processor."""
+
 BUDGET = ("n_tokens=16256", "epochs=1", "n_calibration_tokens=2032", "n_heldout_tokens=2032", "batch_size=512")
 
 
@@ -47,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("options", nargs="*", help="options for all, as for sweep_runner.py: dict_size=9216")
     asked = parser.parse_args()
-    options = [f"model={asked.model}", *BUDGET, *asked.options]
+    options = [f"model={asked.model}", *asked.options]
     rows = []
     for part in asked.parts:
         row = {"part": part, **PARTS[part](options, asked.cache.absolute(), asked.cells)}
@@ -58,21 +63,35 @@ def main() -> None:
 
 
 def grid(options: Sequence[str], cache: Path, n_cells: int) -> Row:
-    pass_and_steps = parts_of_a_run(options, cache)
+    asked = [*BUDGET, *options, "cache_gib=0"]
+    prepare([cell_of(asked)], cache, cached=False)  # model and tokens
     seeds = [str(seed) for seed in range(n_cells)]
-    gang = command([*options, f"seed={','.join(seeds)}"], cache)
-    separate = [command([*options, f"seed={seed}"], cache) for seed in seeds]
+    gang = command([*asked, f"seed={','.join(seeds)}"], cache)
+    separate = [command([*asked, f"seed={seed}"], cache) for seed in seeds]
     row: Row = {"cells": n_cells}
-    for i, kind in enumerate(("", "cpu_")):
-        pass_s, step_s = (part[i] for part in pass_and_steps)
+    for i, kind in enumerate(KINDS):
         gang_s, separate_s = gang[i], sum(one[i] for one in separate)
         row |= {
             f"{kind}gang_s": gang_s,
             f"{kind}separate_s": separate_s,
             f"{kind}separate_over_gang": separate_s / gang_s,
-            f"{kind}pass_s": pass_s,
-            f"{kind}steps_of_a_cell_s": step_s,
-            f"{kind}gang_over_pass_and_steps": gang_s / (pass_s + n_cells * step_s),
+        }
+    return row
+
+
+def parts(options: Sequence[str], cache: Path, n_cells: int) -> Row:
+    of_pass, of_steps = parts_of_a_run(options, cache)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as empty:
+        for name in ("models", "tokens"):
+            (Path(empty) / name).symlink_to(cache / name)
+        gang = command([*options, f"seed={','.join(str(seed) for seed in range(n_cells))}"], Path(empty))
+    row: Row = {"cells": n_cells}
+    for i, kind in enumerate(KINDS):
+        row |= {
+            f"{kind}gang_s": gang[i],
+            f"{kind}pass_s": of_pass[i],
+            f"{kind}steps_of_a_cell_s": of_steps[i],
+            f"{kind}gang_over_pass_and_steps": gang[i] / (of_pass[i] + n_cells * of_steps[i]),
         }
     return row
 
@@ -80,11 +99,11 @@ def grid(options: Sequence[str], cache: Path, n_cells: int) -> Row:
 def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[Taken, Taken]:
     """What the language model takes over everything a cell reads, and what all training steps of a cell take."""
     cell = cell_of(options)
-    harvested = prepare([cell], cache, cached=False)
-    harvested.harvested.language_model()
-    stream = harvested.stream
+    harvested = prepare([cell], cache, cached=False).harvested
+    harvested.language_model()
+    stream = prepare([cell], cache).stream
     blocks = sorted(stream.demand(cell.schedule.steps).blocks)
-    of_pass = taken(lambda: [harvested.harvested.harvest(read, stream.sites) for read in blocks])
+    of_pass = taken(lambda: [harvested.harvest(read, stream.sites) for read in blocks])
     window = stream.first_window()[cell.site]
     pair = window.source.float(), window.target.float()
     state = initial_state(*pair, cell.capacity, cell.seed, schedule=cell.schedule)
@@ -99,14 +118,14 @@ def parts_of_a_run(options: Sequence[str], cache: Path) -> tuple[Taken, Taken]:
 def command(overrides: Sequence[str], cache: Path) -> Taken:
     """What a sweep in a results folder of its own takes, from the start of the process to its end, jobs included."""
     with tempfile.TemporaryDirectory() as results:
-        words = [*overrides, "cache_gib=0", f"cache_dir={cache}", f"results_dir={results}"]
+        words = [*overrides, f"cache_dir={cache}", f"results_dir={results}"]
         run = [sys.executable, "sweep_runner.py", "-m", *words]
         return taken(lambda: subprocess.run(run, cwd=ROOT, check=True, capture_output=True))
 
 
 def layers(options: Sequence[str], cache: Path, n_cells: int) -> Row:
     last = cell_of(options).model.n_layers - 1
-    three = [cell_of([*options, f"layer={layer}"]) for layer in (0, last // 2, last)]
+    three = [cell_of([*BUDGET, *options, f"layer={layer}"]) for layer in (0, last // 2, last)]
     tokens = []
     for cells in (three[-1:], three):
         prepared = prepare(cells, cache, cached=False)
@@ -117,7 +136,7 @@ def layers(options: Sequence[str], cache: Path, n_cells: int) -> Row:
 
 
 def cache_speed(options: Sequence[str], cache: Path, n_cells: int) -> Row:
-    cell = cell_of(options)
+    cell = cell_of([*BUDGET, *options])
     stream = prepare([cell], cache).stream
     blocks = list(range(stream.n_blocks))
     stream.blocks.read("train", blocks, stream.sites)  # harvested where they are not there yet
@@ -152,6 +171,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 PARTS: dict[str, Callable[[Sequence[str], Path, int], Row]] = {
     "grid": grid,
+    "parts": parts,
     "layers": layers,
     "cache": cache_speed,
     "pairs": pairs,

@@ -25,3 +25,12 @@ def test_a_gang_is_held_against_separate_runs(tmp_path: Path) -> None:
     row = sweep.grid(TINY, tmp_path, 2)
     for kind in ("", "cpu_"):
         assert row[f"{kind}separate_over_gang"] == row[f"{kind}separate_s"] / row[f"{kind}gang_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_gang_is_held_against_its_parts(tmp_path: Path) -> None:
+    row = sweep.parts(TINY, tmp_path / "cache", 2)
+    for kind in ("", "cpu_"):
+        own = row[f"{kind}pass_s"] + 2 * row[f"{kind}steps_of_a_cell_s"]
+        assert row[f"{kind}gang_over_pass_and_steps"] == row[f"{kind}gang_s"] / own > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
