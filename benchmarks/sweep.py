@@ -29,7 +29,7 @@ import torch
 from benchmarks.contest import ROOT
 from benchmarks.embedded import cell_of, prepare
 from sweep.initialise import initial_state
-from sweep.metrics import decoder_similarity
+from sweep.similarity import decoder_similarity
 from sweep.step.step import train_step_
 
 Row = dict[str, Any]

@@ -23,18 +23,17 @@ from sweep.contexts import TopContexts
 from sweep.errors import DataError
 from sweep.language_model import Activations
 from sweep.metrics import (
-    DecoderSimilarity,
     Deviations,
     LatentActivity,
     Metrics,
     Reconstruction,
     TargetMoments,
-    decoder_similarity,
     pieces,
     reconstruction_metrics,
 )
 from sweep.progress import Report, silent
 from sweep.results import CAUSAL_COLUMNS, CAUSAL_METRICS
+from sweep.similarity import DecoderSimilarity, decoder_similarity
 
 __all__ = ["Evaluation", "Predictor", "evaluate"]
 

@@ -1,34 +1,31 @@
-"""Numbers from tensors: how well targets are predicted, how latents fire, how alike decoder rows are.
+"""Numbers from tensors: how well targets are predicted, how latents fire.
 
-Three accumulators that one pass over the held-out tokens feeds, and one function of the weights. All sums are
-float64 or integers, every token is reduced by itself, and means are removed before anything is squared: how rows
-are grouped into batches, or how far the targets lie from zero, does not show. docs/metrics.md has each formula.
+Three accumulators that one pass over the held-out tokens feeds. All sums are float64 or integers, every token is
+reduced by itself, and means are removed before anything is squared: how rows are grouped into batches, or how far the
+targets lie from zero, does not show. docs/metrics.md has each formula.
 
-Undefined is None, everywhere: a ratio over targets that never vary, pairs of a single latent.
+Undefined is None, everywhere: a ratio over targets that never vary.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sweep.results import DEAD_AT_TOKENS
 
 __all__ = [
-    "SIMILAR",
-    "DecoderSimilarity",
     "Deviations",
     "LatentActivity",
     "Metrics",
     "Reconstruction",
     "TargetMoments",
-    "decoder_similarity",
     "l0_metrics",
+    "pieces",
+    "ratio",
     "reconstruction_metrics",
 ]
 
@@ -230,113 +227,3 @@ def l0_metrics(histogram: Int[Tensor, " bins"]) -> Metrics:
         "l0_median": sum(middle) / 2,
         "l0_std": math.sqrt(n * squares - total * total) / n,
     }
-
-
-SIMILAR = 0.9
-"""Two decoder rows whose cosine exceeds this are twins."""
-
-
-@dataclass(frozen=True)
-class DecoderSimilarity:
-    """How alike the rows of a decoder are. A single row has no nearest one: `nearest` and its cosine are None."""
-
-    n_similar_pairs: int
-    has_twin: Bool[Tensor, " dict_size"]
-    nearest: Int[Tensor, " dict_size"] | None
-    nearest_cosine: Float[Tensor, " dict_size"] | None
-
-    @property
-    def n_pairs(self) -> int:
-        n = len(self.has_twin)
-        return n * (n - 1) // 2
-
-    def metrics(self) -> Metrics:
-        """Score and mean are None where there is no pair."""
-        mean_max = None if self.nearest_cosine is None else float(self.nearest_cosine.mean())
-        return {
-            "absorption_score": ratio(self.n_similar_pairs, self.n_pairs),
-            "n_decoder_pairs": self.n_pairs,
-            "n_similar_pairs": self.n_similar_pairs,
-            "frac_latents_with_twin": float(self.has_twin.double().mean()),
-            "mean_max_decoder_cosine": mean_max,
-        }
-
-    def columns(self) -> dict[str, list[Any]]:
-        """Per latent: the most similar other latent, and the cosine of the two."""
-        if self.nearest is None or self.nearest_cosine is None:
-            return {"nearest_latent": [None], "nearest_cosine": [None]}
-        return {"nearest_latent": self.nearest.tolist(), "nearest_cosine": self.nearest_cosine.tolist()}
-
-
-class UnitRows:
-    """Rows scaled to norm 1, for float32 products; with the originals, for float64 where it matters."""
-
-    def __init__(self, rows: Float[Tensor, "n d"]) -> None:
-        self._rows = rows
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        self._scale = torch.where(norms > 0, 1 / norms, 0.0)
-        parts = (self._double(piece) for piece in pieces(len(rows), 8 * rows.shape[1]))
-        self._unit = torch.cat([part.float() for part in parts])
-        # A float32 dot product of unit vectors is off by at most (d + 2) 2^-24 and second-order terms. Graphics cards
-        # may be set to round the factors to 11 bits, which adds 2^-10.
-        self._error = (rows.shape[1] + 8) * 2.0**-23 + (2.0**-9 if rows.is_cuda else 0)
-
-    def _double(self, index: slice | Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
-        return self._rows[index].double() * self._scale[index, None]
-
-    def products(self, rows: slice, columns: slice) -> Float[Tensor, "m n"]:
-        """Cosines of two ranges of rows, to float32 rounding."""
-        return self._unit[rows] @ self._unit[columns].T
-
-    def exact(self, left: Int[Tensor, " m"], right: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """Cosines of pairs of rows in float64."""
-        parts = pieces(len(left), 8 * self._rows.shape[1])
-        cosines = [(self._double(left[part]) * self._double(right[part])).sum(1) for part in parts]
-        return torch.cat(cosines).clamp(-1, 1) if cosines else self._scale.new_empty(0)
-
-    def similar(self, cosines: Float[Tensor, "m n"], first_row: int, first_column: int) -> Bool[Tensor, "m n"]:
-        """Which float32 products of rows, from two first ones on, exceed SIMILAR."""
-        similar = cosines > SIMILAR + self._error
-        row, column = ((cosines > SIMILAR - self._error) ^ similar).nonzero(as_tuple=True)
-        similar[row, column] = self.exact(row + first_row, column + first_column) > SIMILAR
-        return similar
-
-    def may_be_similar(self, cosine: Float[Tensor, " n"]) -> bool:
-        """Whether any float32 product is large enough for a cosine above SIMILAR."""
-        return bool((cosine > SIMILAR - self._error).any())
-
-
-def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimilarity:
-    """Compare every pair of decoder rows; a zero row has cosine 0 with all others.
-
-    Cosines come from float32 products, a tile of pairs at a time. A pair whose float32 cosine is within the rounding
-    error of SIMILAR is decided again in float64, so the count is that of float64. The nearest row is nearest up to
-    float32 rounding, the first of equals; its cosine is float64.
-    """
-    n = len(W_dec)
-    unit = UnitRows(W_dec)
-    best = torch.full((n,), -torch.inf, device=W_dec.device)
-    nearest = torch.zeros(n, dtype=torch.int64, device=W_dec.device)
-    has_twin = torch.zeros(n, dtype=torch.bool, device=W_dec.device)
-    n_similar_pairs = 0
-    tiles = list(pieces(n, MAX_BYTES // max(math.isqrt(MAX_BYTES // 4), 1)))
-    for rows, columns in itertools.combinations_with_replacement(tiles, 2):
-        cosines = unit.products(rows, columns)
-        if rows == columns:
-            itself_or_earlier = torch.ones_like(cosines, dtype=torch.bool).tril_()
-            cosines.masked_fill_(itself_or_earlier, -torch.inf)
-        for mine, axis in ((columns, 0), (rows, 1)):  # smaller neighbours first: the first of equals stays
-            largest = cosines.amax(axis)
-            better = (largest > best[mine]).nonzero().squeeze(1)  # few, after the first tiles
-            best[mine.start + better] = largest[better]
-            index = cosines.index_select(1 - axis, better).argmax(axis)
-            nearest[mine.start + better] = index + (rows, columns)[axis].start
-        if unit.may_be_similar(largest):
-            similar = unit.similar(cosines, rows.start, columns.start)
-            n_similar_pairs += int(similar.count_nonzero())
-            has_twin[rows] |= similar.any(1)
-            has_twin[columns] |= similar.any(0)
-    if n == 1:
-        return DecoderSimilarity(0, has_twin.cpu(), None, None)
-    nearest_cosine = unit.exact(torch.arange(n, device=W_dec.device), nearest)
-    return DecoderSimilarity(n_similar_pairs, has_twin.cpu(), nearest.cpu(), nearest_cosine.cpu())

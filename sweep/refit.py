@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.language_model import Activations
-from sweep.step.active import BLOCK_BYTES, encode, pre_latents_in_blocks
-from sweep.step.entries import Active, counted, entries, sorting, weighted_sums
+from sweep.step.active import encode, encode_above
+from sweep.step.entries import Active, counted, sorting, weighted_sums
 from sweep.step.sparse import add_earlier_, add_later_, rows_of
 from sweep.transcoder import Parameters
 
@@ -217,8 +217,7 @@ def at_inference(
     if threshold is None:
         no_dead = torch.empty(0, dtype=torch.int64, device=source.device)
         return encode(params, source, capacity, 0.0, no_dead, 1)[0]
-    blocks = pre_latents_in_blocks(params, source, BLOCK_BYTES[capacity.activation])
-    return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in blocks]).by_token()
+    return encode_above(params, source, threshold)
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
         "sweep.baselines.family",
     },
     {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
-    {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
+    {"sweep.tokens", "sweep.model_files", "sweep.transcoder", "sweep.bfloat16"},
     {"sweep.cached", "sweep.schedule", "sweep.baselines.wanted"},
     {"sweep.cache"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
         "sweep.metrics",
         "sweep.contexts",
     },
-    {"sweep.block_files", "sweep.step.screen"},
+    {"sweep.block_files", "sweep.step.screen", "sweep.similarity"},
     {"sweep.step.active"},
     {
         "sweep.step.reference",

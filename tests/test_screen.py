@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.step import active, screen
-from sweep.step.active import encode
+from sweep.step.active import encode, encode_above
 from sweep.step.entries import Active
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, select
@@ -47,6 +47,13 @@ def everything(bounds: Screen) -> Active:
     return Active.join([bounds.above(latents, block, 1e-30) for latents, block in bounds.blocks(7 * 2 * BATCH)])
 
 
+def exactly(params: Parameters, source: Tensor) -> Tensor:
+    """All pre-latents, computed as those of chosen entries are."""
+    token = torch.arange(BATCH).repeat_interleave(WIDTH)
+    every = Screen(params, source).exact(Active(token, torch.arange(WIDTH).repeat(BATCH), token.float()))
+    return torch.empty(BATCH, WIDTH).index_put((every.token, every.latent), every.value)
+
+
 @made
 @settings(max_examples=60, deadline=None)
 def test_pre_latents_lie_between_their_bounds(
@@ -73,9 +80,7 @@ def test_the_largest_of_a_batch_are_those_of_all_exact_values(
     seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
 ) -> None:
     params, source = make(seed, spread, mean, bias, whole_numbers)
-    token = torch.arange(BATCH).repeat_interleave(WIDTH)
-    every = Screen(params, source).exact(Active(token, torch.arange(WIDTH).repeat(BATCH), token.float()))
-    pre = torch.empty(BATCH, WIDTH).index_put((every.token, every.latent), every.value)
+    pre = exactly(params, source)
     for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
         cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
         wanted = select(pre, cap)
@@ -84,6 +89,23 @@ def test_the_largest_of_a_batch_are_those_of_all_exact_values(
             place = found.token * WIDTH + found.latent
             assert place.diff().gt(0).all()
             assert torch.equal(torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value), wanted)
+
+
+@made
+@settings(max_examples=30, deadline=None)
+def test_entries_above_a_threshold_are_those_of_all_exact_values(
+    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+) -> None:
+    params, source = make(seed, spread, mean, bias, whole_numbers)
+    pre = exactly(params, source)
+    ranked = pre.flatten().sort().values
+    for threshold in (0.0, float(ranked[-50].clamp_min(0)), float(ranked[-1])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(screen, "pays", lambda source: True)
+            patch.setattr(active, "pre_latents_in_blocks", None)
+            found = encode_above(params, source, threshold)
+        assert torch.equal(found.token * WIDTH + found.latent, (pre > threshold).flatten().nonzero().squeeze(1))
+        assert torch.equal(found.value, pre[pre > threshold])
 
 
 def test_where_bounds_tell_nothing_apart_exact_values_do(monkeypatch: pytest.MonkeyPatch) -> None:

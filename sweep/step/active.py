@@ -21,7 +21,7 @@ from sweep.step.entries import Active, entries, places
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["BLOCK_BYTES", "Revived", "encode", "pre_latents_in_blocks"]
+__all__ = ["BLOCK_BYTES", "Revived", "encode", "encode_above"]
 
 BLOCK_BYTES = {"batch_top_k": 4 << 20, "top_k": 16 << 20}
 """Pre-latents held at once: they stay in cache while they are searched. The more latents, the better the bound of the
@@ -88,6 +88,20 @@ def encode(
         search = BatchTopK(n_wanted, 0.0)
         searched(search, params, source, BLOCK_BYTES[capacity.activation], dead[:0])
     return search.active(), revived(dead_pre, top_k_aux)
+
+
+@torch.no_grad()
+def encode_above(params: Parameters, source: Float[Tensor, "n d_in"], threshold: float) -> Active:
+    """The entries above a threshold that is not negative, by token."""
+    n_bytes = BLOCK_BYTES["batch_top_k"]
+    if screen.pays(source):
+        bounds = Screen(params, source)
+        blocks = bounds.blocks(n_bytes)
+        found = bounds.exact(Active.join([bounds.above(*block, max(threshold, TINY)) for block in blocks]))
+        if bounds.hold:
+            return found.where(places(found.value > threshold)).by_token()
+    parts = pre_latents_in_blocks(params, source, n_bytes)
+    return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in parts]).by_token()
 
 
 def screened(bounds: Screen, n_wanted: int, guess: float) -> Active | None:

@@ -10,27 +10,16 @@ depends on no rounding to bfloat16. This pays where a processor multiplies bfloa
 """
 
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
+from sweep.bfloat16 import UNIT, has_fast_bfloat16
 from sweep.step.entries import Active, counted, entries, products
 from sweep.transcoder import Parameters
 
 __all__ = ["Screen", "pays"]
-
-UNIT = 2.0**-8
-"""Rounding to bfloat16 changes a number by less than this share of it."""
-
-
-@cache
-def has_fast_bfloat16() -> bool:
-    """Whether this processor has units that multiply matrices of bfloat16 (Intel's AMX)."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
-    return bool(capabilities.get("amx_bf16"))
 
 
 def pays(source: Float[Tensor, "batch d_in"]) -> bool:
