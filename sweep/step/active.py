@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.step import screen
-from sweep.step.entries import Active, entries, places
+from sweep.step.entries import Active, entries, kth_largest, places
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
@@ -186,7 +186,7 @@ class BatchTopK:
     def _prune(self) -> None:
         kept = Active.join(self._kept)
         if len(kept.value) > self.n_wanted:
-            self.bound = max(self.bound, float(self._below(kept).topk(self.n_wanted, sorted=False).values.min()))
+            self.bound = max(self.bound, kth_largest(self._below(kept), self.n_wanted))
             large = (kept.value < self.bound).logical_not_()
             kept = kept.where(places(large))  # all equals: the order is not known yet
         self._kept, self._n_kept = [kept], len(kept.value)
@@ -207,9 +207,12 @@ class BatchTopK:
 
 
 def of_batch(found: Active, n: int) -> Active:
-    """The `n` largest entries, by token; of equals the first."""
-    found = found.by_token()
-    return found.where(places(largest(found.value.unsqueeze(0), n).squeeze(0)))
+    """The `n` largest positive entries, by token; of equals the first."""
+    least = kth_largest(found.value, n) if len(found.value) > n else 0.0
+    found = found.where(places((found.value < max(least, TINY)).logical_not_())).by_token()
+    if len(found.value) <= n:
+        return found
+    return found.where(largest(found.value.unsqueeze(0), n).squeeze(0))
 
 
 class TopK:

@@ -3,12 +3,13 @@
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["Active", "counted", "entries", "places", "products", "sorting", "weighted_sums"]
+__all__ = ["Active", "counted", "entries", "kth_largest", "places", "products", "sorting", "weighted_sums"]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
@@ -36,10 +37,6 @@ class Active:
         """Ordered by token; those of a token stay in the order they have."""
         return self.where(sorting(self.token))
 
-    def by_latent(self) -> "Active":
-        """Ordered by latent; those of a latent stay in the order they have."""
-        return self.where(sorting(self.latent))
-
 
 def entries(start: int, values: Float[Tensor, "batch n"], where: Bool[Tensor, "batch n"]) -> Active:
     """Those entries of a block where the mask is true, in order; `start` is its first latent."""
@@ -56,6 +53,11 @@ def places(mask: Bool[Tensor, " n"]) -> Int64[Tensor, " n_true"]:
     place = words[word].view(torch.bool).nonzero().squeeze(1)
     found = word[place >> 3].mul_(8).add_(place & 7)
     return torch.cat([found, mask[whole:].nonzero().squeeze(1) + whole])
+
+
+def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
+    """What is no number counts as largest. numpy selects ten times as fast as `topk`."""
+    return float(np.partition(values.numpy(force=True), -k)[-k])
 
 
 def sorting(index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
-from sweep.step.entries import Active, counted, entries, products
+from sweep.step.entries import Active, counted, entries, products, sorting
 from sweep.transcoder import Parameters
 
 __all__ = ["Screen", "pays"]
@@ -81,10 +81,10 @@ class Screen:
 
     def exact(self, found: Active) -> Active:
         """Entries with their pre-latents, by latent: so the weights, which are many, are read in order."""
-        found = found.by_latent()
-        starts = counted(found.latent, len(self._bias))
-        values = products(self._weights, self._source, starts, found.token) + self._bias[found.latent]
-        return Active(found.token, found.latent, values)
+        order = sorting(found.latent)
+        token, latent = found.token[order], found.latent[order]
+        starts = counted(latent, len(self._bias))
+        return Active(token, latent, products(self._weights, self._source, starts, token) + self._bias[latent])
 
     @property
     def hold(self) -> bool:

@@ -52,7 +52,7 @@ def update_latents_(
 
     bias_lr = lr if state.source_mean is None else lr * BIAS_RATE
     rows = state.params.W_dec[latents]
-    decoder -= (decoder * rows).sum(dim=1, keepdim=True) * rows
+    decoder.addcmul_((decoder * rows).sum(dim=1, keepdim=True), rows, value=-1)
     turned = turning(state.params.W_enc.T[latents], encoder, state.params.b_enc[latents], bias, state.source_mean)
     with turned, shortened(rows, state.write_rates):
         adam_(state, weights, [encoder, decoder], lr, betas)
