@@ -162,7 +162,8 @@ class Comparison:
         return {"recipe": name, "options": self.asked.options, "lr": lr, "seed": seed}
 
     def _cell(self, name: str, lr: float, seed: int) -> Cell:
-        return cell_of([*self.recipes[name].options, *self.asked.options, f"lr={lr}", f"seed={seed}"])
+        recipe = self.recipes.get(name) or RECIPES[name]
+        return cell_of([*recipe.options, *self.asked.options, f"lr={lr}", f"seed={seed}"])
 
     def _measured(self, name: str, lr: float, seed: int) -> Row:
         """The run, found or carried out."""
@@ -224,13 +225,12 @@ class Comparison:
 
     def _seconds_of_a_run(self) -> float:
         """From a few steps of ours."""
-        name = next(name for name, recipe in self.recipes.items() if recipe.peer is None)
-        stream = self._place(name, self.asked.rates[0], 0).stream
+        stream = self._place("ours", self.asked.rates[0], 0).stream
         _, short, long = (
             timed(RECIPES["ours"], cell_of([*self.asked.options, f"steps={steps}"]), stream, self.place)
             for steps in (1, 2, 10)
         )
-        return short + max(long - short, 0) / 8 * self._cell(name, self.asked.rates[0], 0).schedule.steps
+        return short + max(long - short, 0) / 8 * self._cell("ours", self.asked.rates[0], 0).schedule.steps
 
 
 def walk(rates: Sequence[float], score: Callable[[float], float | None]) -> float | None:
