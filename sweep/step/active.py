@@ -78,7 +78,7 @@ def encode(
     n_wanted, guess = capacity.top_k * len(source), MARGIN * threshold
     if capacity.activation == "batch_top_k" and screen.pays(source):
         bounds = Screen(params, source)
-        active = screened(bounds, n_wanted, guess) or screened(bounds, n_wanted, 0.0)
+        active = screened(bounds, n_wanted, guess) or (screened(bounds, n_wanted, 0.0) if guess > 0 else None)
         if active and bounds.hold:
             dead_pre = torch.addmm(params.b_enc[dead], source, params.W_enc.T[dead].T)
             return active, revived(dead_pre, top_k_aux)

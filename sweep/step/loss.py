@@ -57,7 +57,7 @@ def transcoder_loss(
     for part, rows in zip(latents.split(widths, dim=1), params.W_dec.split(widths), strict=True):
         reconstruction = reconstruction + part @ rows
         prefixes.append((reconstruction - target).square().mean())
-    total = torch.stack(prefixes) @ target.new_tensor(capacity.shares)
+    total = torch.stack([share * prefix for share, prefix in zip(capacity.shares, prefixes, strict=True)]).sum()
     aux = None
     if revival.aux_penalty > 0 and len(dead) > 0:
         aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)

@@ -123,7 +123,7 @@ def adam_(
     betas: tuple[float, ...],
 ) -> None:
     """torch's fused Adam on contiguous parts of the state: the same bits however they are cut."""
-    n_steps = torch.tensor(state.step + 1.0, device=gradients[0].device)
+    n_steps = torch.full((), state.step + 1.0, device=gradients[0].device)  # a copy from the host would wait
     torch._fused_adam_(
         part(state.params),
         gradients,
