@@ -252,7 +252,9 @@ def test_a_restarted_controller_is_waited_for(
     sweep = ClusterSweep(cluster, tmp_path, cache, *LONG, "seed=0")
     launcher = sweep.start()
     sweep.wait_for_training()
-    cluster.wait_until(cluster.has_saved, "Slurm to save its state")
+    (process,) = job_processes(cluster)
+    process.suspend()  # so that it is not over before the controller is gone
+    cluster.save_state()
     cluster.kill_controller()
     asked = sweep.ask("status")
     assert asked.returncode == 0
@@ -260,6 +262,7 @@ def test_a_restarted_controller_is_waited_for(
     again = sweep.run()
     assert again.returncode == 2
     assert "squeue" in again.stderr
+    process.resume()
     cluster.start_controller()
     _, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, errors
