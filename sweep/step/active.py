@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.step import screen
-from sweep.step.entries import Active, entries, kth_largest, places
+from sweep.step.entries import Active, entries, kth_largest, no_less, places
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
@@ -112,7 +112,7 @@ def screened(bounds: Screen, n_wanted: int, guess: float) -> Active | None:
         if search.n_needed > MOST_KEPT * n_wanted:
             return None
     kept = bounds.exact(search.kept())
-    if search.guess > 0 and int((kept.value < search.guess).logical_not_().count_nonzero()) < n_wanted:
+    if search.guess > 0 and int(no_less(kept.value, search.guess).count_nonzero()) < n_wanted:
         return None
     return of_batch(kept, n_wanted)
 
@@ -173,7 +173,7 @@ class BatchTopK:
         self._n_kept = self.n_needed = 0
 
     def add(self, start: int, pre: Float[Tensor, "batch n"]) -> None:
-        self.keep(entries(start, pre, (pre < self.bound).logical_not_()))
+        self.keep(entries(start, pre, no_less(pre, self.bound)))
 
     def keep(self, part: Active) -> None:
         """Add entries that were found to be no less than the bound."""
@@ -187,8 +187,7 @@ class BatchTopK:
         kept = Active.join(self._kept)
         if len(kept.value) > self.n_wanted:
             self.bound = max(self.bound, kth_largest(self._below(kept), self.n_wanted))
-            large = (kept.value < self.bound).logical_not_()
-            kept = kept.where(places(large))  # all equals: the order is not known yet
+            kept = kept.where(places(no_less(kept.value, self.bound)))  # all equals: the order is not known yet
         self._kept, self._n_kept = [kept], len(kept.value)
 
     @property
@@ -209,7 +208,7 @@ class BatchTopK:
 def of_batch(found: Active, n: int) -> Active:
     """The `n` largest positive entries, by token; of equals the first."""
     least = kth_largest(found.value, n) if len(found.value) > n else 0.0
-    found = found.where(places((found.value < max(least, TINY)).logical_not_())).by_token()
+    found = found.where(places(no_less(found.value, max(least, TINY)))).by_token()
     if len(found.value) <= n:
         return found
     return found.where(largest(found.value.unsqueeze(0), n).squeeze(0))
@@ -237,7 +236,7 @@ class TopK:
             maxima = maxima.topk(self.k, dim=1, sorted=False).values
             bound = maxima.amin(dim=1, keepdim=True)
         self._maxima = [maxima]
-        self._kept.append(entries(start, pre, (pre < bound.clamp_min(TINY)).logical_not_()))
+        self._kept.append(entries(start, pre, no_less(pre, bound.clamp_min(TINY))))
 
     def active(self) -> Active:
         """The largest of what was added."""

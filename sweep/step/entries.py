@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["Active", "counted", "entries", "kth_largest", "places", "products", "sorting", "weighted_sums"]
+__all__ = ["Active", "counted", "entries", "kth_largest", "no_less", "places", "products", "sorting", "weighted_sums"]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once that its CSR tensors are in beta
@@ -53,6 +53,11 @@ def places(mask: Bool[Tensor, " n"]) -> Int64[Tensor, " n_true"]:
     place = words[word].view(torch.bool).nonzero().squeeze(1)
     found = word[place >> 3].mul_(8).add_(place & 7)
     return torch.cat([found, mask[whole:].nonzero().squeeze(1) + whole])
+
+
+def no_less(values: Float[Tensor, "*n"], least: float | Float[Tensor, "#*n"]) -> Bool[Tensor, "*n"]:
+    """Which values are at least so large; what is no number is, so that it shows in the loss."""
+    return (values < least).logical_not_()
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
