@@ -80,15 +80,19 @@ def test_the_largest_of_a_batch_are_those_of_all_exact_values(
     seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
 ) -> None:
     params, source = make(seed, spread, mean, bias, whole_numbers)
-    pre = exactly(params, source)
-    for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
-        cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
-        wanted = select(pre, cap)
-        for threshold in (guess, float(wanted[wanted > 0].min())):
-            found = searched_among_bounds(params, source, cap, threshold)
-            place = found.token * WIDTH + found.latent
-            assert place.diff().gt(0).all()
-            assert torch.equal(torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value), wanted)
+    some = torch.tensor([0, 7, 8, 9, 50, WIDTH - 1])
+    for dead in (NONE, some, torch.arange(1, WIDTH)):
+        pre = exactly(params, source)
+        pre[:, dead] = torch.addmm(params.b_enc[dead], source, params.W_enc.T[dead].T)
+        for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
+            cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
+            wanted = select(pre, cap)
+            for threshold in (guess, float(wanted[wanted > 0].min())):
+                found = searched_among_bounds(params, source, cap, threshold, dead)
+                place = found.token * WIDTH + found.latent
+                assert place.diff().gt(0).all()
+                sparse = torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value)
+                assert torch.equal(sparse, wanted)
 
 
 @made
@@ -117,18 +121,18 @@ def test_where_bounds_tell_nothing_apart_exact_values_do(monkeypatch: pytest.Mon
     wanted = select(source @ params.W_enc + params.b_enc, cap)
     for threshold in (0.0, float(wanted[wanted > 0].min())):
         monkeypatch.setattr(screen, "pays", lambda source: True)
-        assert active.screened(Screen(params, source), 2 * BATCH, threshold) is None
+        assert active.screened(Screen(params, source), 2 * BATCH, threshold, NONE, source[:, :0]) is None
         found, _ = encode(params, source, cap, threshold, NONE, 1)
         assert torch.equal(found.token * WIDTH + found.latent, wanted.flatten().nonzero().squeeze(1))
 
 
-def searched_among_bounds(params: Parameters, source: Tensor, cap: Capacity, threshold: float) -> Active:
+def searched_among_bounds(params: Parameters, source: Tensor, cap: Capacity, threshold: float, dead: Tensor) -> Active:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "pays", lambda source: True)
         patch.setattr(active, "BLOCK_BYTES", {"batch_top_k": 7 * 2 * BATCH})
         patch.setattr(active, "MOST_KEPT", WIDTH)
         patch.setattr(active, "searched", None)  # the exact search
-        return encode(params, source, cap, threshold, NONE, 1)[0]
+        return encode(params, source, cap, threshold, dead, 1)[0]
 
 
 def test_what_is_no_number_has_no_bounds() -> None:
@@ -140,6 +144,17 @@ def test_what_is_no_number_has_no_bounds() -> None:
             bounds = Screen(params, source)
             everything(bounds)
             assert not bounds.hold
+
+
+def test_where_all_are_dead_there_is_nothing_to_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, source = make(0, 0.0, 0.0, 1.0, False)
+    cap, dead = Capacity(WIDTH, 2, "batch_top_k", (WIDTH,)), torch.arange(WIDTH)
+    monkeypatch.setattr(screen, "pays", lambda source: True)
+    found, revived = encode(params, source, cap, 0.0, dead, 1)
+    pre = source @ params.W_enc + params.b_enc
+    assert torch.equal(found.token * WIDTH + found.latent, select(pre, cap).flatten().nonzero().squeeze(1))
+    assert revived is not None
+    assert torch.equal(revived.place.squeeze(1), pre.argmax(dim=1))
 
 
 def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,8 @@ def test_gradients_equal_those_of_autograd(
     revival = Revival(0.25 if n_dead else 0.0, 8, 5)
     wanted_loss, wanted = reference.gradients(params, *batch, capacity(activation, groups), revival, dead)
     loss, grads, _ = sparse.gradients(params, *batch, capacity(activation, groups), revival, dead)
-    assert (grads.dead is not None) == (n_dead in (3, 30))
+    _, revived = encode(params, batch[0], capacity(activation, groups), 0.0, dead, revival.top_k_aux)
+    assert (None if revived is None else revived.is_dense) == {0: None, 3: True, 30: True, 60: False}[n_dead]
     torch.testing.assert_close(loss.total, wanted_loss.total, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.stack(loss.prefixes), torch.stack(wanted_loss.prefixes), rtol=1e-12, atol=0)
     assert (loss.aux is None) == (wanted_loss.aux is None) == (n_dead == 0)

@@ -8,7 +8,6 @@ the same rule for equals. Batch top-k searches among bounds first, where those t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.step import screen
-from sweep.step.entries import Active, entries, kth_largest, no_less, places
+from sweep.step.entries import Active, aligned_product, entries, kth_largest, no_less, places, sorting
+from sweep.step.revive import Revived, revived
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["BLOCK_BYTES", "Revived", "encode", "encode_above"]
+__all__ = ["BLOCK_BYTES", "encode", "encode_above"]
 
 BLOCK_BYTES = {"batch_top_k": 4 << 20, "top_k": 16 << 20}
 """Pre-latents held at once: they stay in cache while they are searched. The more latents, the better the bound of the
@@ -43,23 +43,6 @@ GROUP_SIZE = 16
 """Latents that share a maximum in the search of top-k."""
 
 
-@dataclass(frozen=True)
-class Revived:
-    """The largest pre-latents among the dead latents, of each token: places in the list of the dead, and values."""
-
-    place: Int64[Tensor, "batch k"]
-    value: Float[Tensor, "batch k"]
-
-    def entries(self, dead: Int64[Tensor, " n_dead"]) -> Active:
-        batch, k = self.place.shape
-        token = torch.arange(batch, device=dead.device).repeat_interleave(k)
-        return Active(token, dead[self.place.flatten()], self.value.flatten())
-
-    def matrix(self, n_dead: int, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch n_dead"]:
-        """Values at these places, zeros elsewhere."""
-        return values.new_zeros(len(values), n_dead).scatter_(1, self.place, values)
-
-
 @torch.no_grad()
 def encode(
     params: Parameters,
@@ -76,11 +59,12 @@ def encode(
     comes out.
     """
     n_wanted, guess = capacity.top_k * len(source), MARGIN * threshold
-    if capacity.activation == "batch_top_k" and screen.pays(source):
-        bounds = Screen(params, source)
-        active = screened(bounds, n_wanted, guess) or (screened(bounds, n_wanted, 0.0) if guess > 0 else None)
+    if capacity.activation == "batch_top_k" and screen.pays(source) and len(dead) < capacity.dict_size:
+        dead_pre = aligned_product(source, params.W_enc.T[dead]).add_(params.b_enc[dead])
+        bounds = Screen(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
+        tries = (screened(bounds, n_wanted, start, dead, dead_pre) for start in dict.fromkeys([guess, 0.0]))
+        active = next((found for found in tries if found is not None), None)
         if active and bounds.hold:
-            dead_pre = torch.addmm(params.b_enc[dead], source, params.W_enc.T[dead].T)
             return active, revived(dead_pre, top_k_aux)
     search = BatchTopK(n_wanted, guess) if capacity.activation == "batch_top_k" else TopK(capacity.top_k)
     dead_pre = searched(search, params, source, BLOCK_BYTES[capacity.activation], dead)
@@ -104,14 +88,26 @@ def encode_above(params: Parameters, source: Float[Tensor, "n d_in"], threshold:
     return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in parts]).by_token()
 
 
-def screened(bounds: Screen, n_wanted: int, guess: float) -> Active | None:
-    """The `n_wanted` largest positive entries of a batch; None where the guess was too high or bounds are too wide."""
+def all_but(latents: Int64[Tensor, " n"], width: int) -> Int64[Tensor, " m"]:
+    """The other latents."""
+    return torch.ones(width, dtype=torch.bool).index_fill_(0, latents, False).nonzero().squeeze(1)
+
+
+def screened(
+    bounds: Screen, n_wanted: int, guess: float, dead: Int64[Tensor, " n"], dead_pre: Float[Tensor, "batch n"]
+) -> Active | None:
+    """The `n_wanted` largest positive entries of a batch, among those of bounds and of the dead, whose pre-latents are
+    there; None where the guess was too high or bounds are too wide."""
     search = BatchTopK(n_wanted, guess, bounds.below)
     for latents, block in bounds.blocks(BLOCK_BYTES["batch_top_k"]):
         search.keep(bounds.above(latents, block, search.bound))
         if search.n_needed > MOST_KEPT * n_wanted:
             return None
     kept = bounds.exact(search.kept())
+    if len(dead):
+        awake = entries(0, dead_pre, no_less(dead_pre, search.bound))
+        kept = Active.join([kept, Active(awake.token, dead[awake.latent], awake.value)])
+        kept = kept.where(sorting(kept.latent))
     if search.guess > 0 and int(no_less(kept.value, search.guess).count_nonzero()) < n_wanted:
         return None
     return of_batch(kept, n_wanted)
@@ -132,14 +128,6 @@ def searched(
             first, last = torch.searchsorted(dead, dead.new_tensor([latents.start, latents.stop])).tolist()
             dead_pre.append(pre.index_select(1, dead[first:last] - latents.start))
     return torch.cat(dead_pre, dim=1)
-
-
-def revived(dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> Revived | None:
-    """The largest pre-latents of each token, if any latent is dead."""
-    if dead_pre.shape[1] == 0:
-        return None
-    value, place = dead_pre.topk(min(top_k_aux, dead_pre.shape[1]), dim=1, sorted=False)
-    return Revived(place, value)
 
 
 def pre_latents_in_blocks(

@@ -12,7 +12,7 @@ depends on no rounding to bfloat16. This pays where a processor multiplies bfloa
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
@@ -28,10 +28,14 @@ def pays(source: Float[Tensor, "batch d_in"]) -> bool:
 
 
 class Screen:
-    """Bounds for the pre-latents of a batch, a block of latents at a time, and the exact values of chosen ones."""
+    """Bounds for the pre-latents of a batch, a block of latents at a time, and the exact values of chosen ones; of all
+    latents or `among` some, sorted."""
 
-    def __init__(self, params: Parameters, source: Float[Tensor, "batch d_in"]) -> None:
+    def __init__(
+        self, params: Parameters, source: Float[Tensor, "batch d_in"], among: Int64[Tensor, " n"] | None = None
+    ) -> None:
         self._weights, self._bias, self._source = params.W_enc.T, params.b_enc, source
+        self._among = among
         self._mean = source.mean(dim=0)  # what all tokens share is multiplied in float32, with the bias
         centred = source - self._mean
         rounded = centred.bfloat16()
@@ -46,17 +50,17 @@ class Screen:
         self._left = torch.cat([rounded, self._of_token.bfloat16(), ones], dim=1)
 
     def blocks(self, n_bytes: int) -> Iterator[tuple[slice, BFloat16[Tensor, "batch n"]]]:
-        """Consecutive latents and their bounds, in memory that the next block overwrites."""
-        batch, width = len(self._left), len(self._bias)
+        """Consecutive ones of the latents and their bounds, in memory that the next block overwrites."""
+        batch, width = len(self._left), len(self._bias if self._among is None else self._among)
         size = min(max(n_bytes // (2 * batch), 1), width)
         right, out = self._left.new_empty(size, self._left.shape[1]), self._left.new_empty(batch * size)
         for start in range(0, width, size):
             latents = slice(start, min(start + size, width))
             n = latents.stop - start
-            self._fill(right[:n], latents)
+            self._fill(right[:n], latents if self._among is None else self._among[latents])
             yield latents, torch.mm(self._left, right[:n].T, out=out[: batch * n].view(batch, n))
 
-    def _fill(self, right: BFloat16[Tensor, "n d_in_and_4"], latents: slice) -> None:
+    def _fill(self, right: BFloat16[Tensor, "n d_in_and_4"], latents: slice | Int64[Tensor, " n"]) -> None:
         weights, d_in = self._weights[latents], self._weights.shape[1]
         right[:, :d_in] = weights
         norm = norms(weights)
@@ -71,7 +75,8 @@ class Screen:
         """The entries of a block that may be as large as `least`, which is positive; their values are bounds."""
         bits = int(torch.tensor(least * (1 - UNIT)).view(torch.int32)) >> 16  # integers of 16 bits compare faster
         found = entries(latents.start, bounds, bounds.view(torch.int16) >= bits)
-        return Active(found.token, found.latent, found.value.float() * (1 + UNIT))
+        latent = found.latent if self._among is None else self._among[found.latent]
+        return Active(found.token, latent, found.value.float() * (1 + UNIT))
 
     def below(self, found: Active) -> Float[Tensor, " n"]:
         """What entries found above are at least."""

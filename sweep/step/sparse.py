@@ -2,8 +2,7 @@
 
 1. Encode in blocks of latents, keep the active latents (`sweep.step.active`).
 2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
-   reconstructions are the running sum of the groups. The dead latents that reconstruct the residual make one row more,
-   or are multiplied out where so few are dead that a good share of them takes part.
+   reconstructions are the running sum of the groups. Dead latents reconstruct the residual (`sweep.step.revive`).
 3. The loss gives the gradient of every row; running sums the other way give that of the groups.
 4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only.
 5. Sorted by latent, the same entries give both weight gradients as weighted sums of rows, a range of latents at a
@@ -23,6 +22,7 @@ from sweep.state import TrainState
 from sweep.step.active import encode
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
 from sweep.step.loss import Loss
+from sweep.step.revive import DeadGradients
 from sweep.step.update import update_latents_, update_shared_
 from sweep.transcoder import Parameters
 
@@ -31,32 +31,13 @@ __all__ = ["Gradients", "gradients", "learn_"]
 BLOCK_WEIGHTS = 1 << 17
 """Encoder weights updated at once: with decoder, gradients and moments this stays in cache."""
 
-DENSE_SHARE = 0.2
-"""From this share of the dead latents in use, dense products over the dead are faster than sums over entries."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What some latents, sorted, get beside the sums over entries: gradients of their weights, a row for each."""
-
-    latent: Int64[Tensor, " n"]
-    encoder: Float[Tensor, "n d_in"]
-    decoder: Float[Tensor, "n d_out"]
-
-    def add_to(self, latents: slice, encoder: Float[Tensor, "m d_in"], decoder: Float[Tensor, "m d_out"]) -> None:
-        """Add the rows of those among consecutive latents, in place."""
-        first, last = torch.searchsorted(self.latent, self.latent.new_tensor([latents.start, latents.stop])).tolist()
-        index = self.latent[first:last] - latents.start
-        encoder.index_add_(0, index, self.encoder[first:last])
-        decoder.index_add_(0, index, self.decoder[first:last])
-
 
 @dataclass(frozen=True)
 class Gradients:
     """Gradients of a batch; those of the weights are made for a range of latents at a time.
 
     `row`, `token`, `value` and `d_value` belong to the active entries, sorted by latent; those of latent i are
-    `starts[i]` to `starts[i + 1]`. `dead` is what the dead get where they were multiplied out.
+    `starts[i]` to `starts[i + 1]`. `dead` is what the dead learn from the residual.
     """
 
     source: Float[Tensor, "batch d_in"]
@@ -69,7 +50,7 @@ class Gradients:
     b_enc: Float[Tensor, " dict_size"]
     b_dec: Float[Tensor, " d_out"]
     W_skip: Float[Tensor, "d_in d_out"] | None
-    dead: Share | None
+    dead: DeadGradients | None
 
     def latents(self, latents: slice) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """With respect to the weights of consecutive latents: encoder, then decoder, a row for each latent."""
@@ -129,41 +110,29 @@ def gradients(
 
     batch, n_groups = len(source), len(capacity.groups)
     row = rows_of(active, capacity)
-    n_rows = batch * n_groups
     fired = torch.zeros_like(params.b_enc, dtype=torch.bool).index_fill_(0, active.latent, True)
-    multiplied_out = revived is not None and revived.place.shape[1] >= DENSE_SHARE * n_dead
-    if revived is not None and not multiplied_out:
-        entries = revived.entries(dead)
-        row = torch.cat([row, entries.token + n_rows])
-        n_rows += batch
-        active = Active.join([active, entries])
-    starts = counted(row, n_rows)
+    starts = counted(row, batch * n_groups)
 
     rows = weighted_sums(params.W_dec, active.latent, starts[:-1], active.value)
-    errors = rows[: batch * n_groups].view(batch, n_groups, -1)
+    errors = rows.view(batch, n_groups, -1)
     errors[:, 0] += params.b_dec
     if params.W_skip is not None:
         errors[:, 0] += source @ params.W_skip
     add_earlier_(errors)
     errors -= target.unsqueeze(1)
     prefixes, shares = mean_squares(errors), errors.new_tensor(capacity.shares)
-    total, aux, share = prefixes @ shares, None, None
+    total, aux, of_dead = prefixes @ shares, None, None
     b_enc = torch.zeros_like(params.b_enc)
     if revived is not None:
         weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
-        if multiplied_out:
-            values, decoder = revived.matrix(n_dead, revived.value), params.W_dec[dead]
-            aux_errors = values @ decoder
-        else:
-            aux_errors = rows[batch * n_groups :]
+        decoder = params.W_dec[dead]
+        aux_errors = revived.reconstruction(decoder)
         aux_errors += errors[:, -1]
         aux = mean_squares(aux_errors.unsqueeze(1))[0]
         total = total + weight * aux
         aux_errors *= 2 * weight / target.numel()
-        if multiplied_out:
-            d_values = revived.matrix(n_dead, (aux_errors @ decoder.T).gather(1, revived.place))
-            share = Share(dead, encoder=d_values.T @ source, decoder=values.T @ aux_errors)
-            b_enc[dead] = d_values.sum(dim=0)
+        of_dead = revived.gradients(dead, decoder, source, aux_errors)
+        b_enc[dead] = of_dead.bias
     add_later_(errors, shares * (2 / target.numel()))
 
     d_value = products(rows, params.W_dec, starts, active.latent)
@@ -179,7 +148,7 @@ def gradients(
         b_enc=b_enc.index_add_(0, active.latent, d_value),
         b_dec=errors[:, 0].sum(dim=0),
         W_skip=None if params.W_skip is None else source.T @ errors[:, 0],
-        dead=share,
+        dead=of_dead,
     )
     return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
 
