@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
         "sweep.metrics",
         "sweep.contexts",
     },
-    {"sweep.block_files", "sweep.step.screen", "sweep.similarity"},
+    {"sweep.block_files", "sweep.step.screen", "sweep.step.revive", "sweep.similarity"},
     {"sweep.step.active"},
     {
         "sweep.step.reference",
