@@ -23,6 +23,7 @@ from sweep.config import Site
 from sweep.language_model import Forward, LanguageModel
 from sweep.metrics import Metrics, pieces, ratio
 from sweep.progress import Report, silent
+from sweep.slices import consecutive
 from sweep.tokens import ROWS_PER_BLOCK
 
 __all__ = ["Attempt", "CausalRows", "Effect", "causal_effects", "simply"]
@@ -142,8 +143,8 @@ def causal_effects(
             sums[name][key].append(value)
 
     step = min(max(MAX_LOGIT_BYTES // (4 * seq_len * on.model.vocabulary), 1), ROWS_PER_BLOCK)
-    for start in range(0, n_rows, step):
-        forward = on.model.run(on.rows[start : start + step], names, layers)
+    for part in consecutive(n_rows, step):
+        forward = on.model.run(on.rows[part], names, layers)
         clean = Clean(forward)
         ablated: dict[str, tuple[Tensor, Tensor]] = {}
         for hook, mean in targets.items():
@@ -152,7 +153,7 @@ def causal_effects(
         for name in list(sums):
             if not attempt(name, partial(splice, name, forward, clean, ablated)):
                 del sums[name]
-            report("splice", min(start + step, n_rows), n_rows, "rows")
+            report("splice", part.stop, n_rows, "rows")
     return {
         name: Effect(seq_len - 2, **{key: torch.cat(parts).cpu() for key, parts in parts_of.items()})
         for name, parts_of in sums.items()

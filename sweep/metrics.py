@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sweep.results import DEAD_AT_TOKENS
+from sweep.slices import consecutive
 
 __all__ = [
     "Deviations",
@@ -39,8 +40,7 @@ NEVER = torch.iinfo(torch.int64).max
 
 def pieces(n_rows: int, row_bytes: int, max_bytes: int | None = None) -> Iterator[slice]:
     """Consecutive slices of `n_rows` rows that stay within `max_bytes` each, MAX_BYTES without; one row at least."""
-    step = max((max_bytes or MAX_BYTES) // row_bytes, 1)
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+    return consecutive(n_rows, max((max_bytes or MAX_BYTES) // row_bytes, 1))
 
 
 def ratio(numerator: float | int, denominator: float | int) -> float | None:

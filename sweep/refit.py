@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sweep.config import Capacity
 from sweep.language_model import Activations
+from sweep.slices import consecutive
 from sweep.step.active import encode, encode_above
 from sweep.step.entries import Active, counted, sorting, weighted_sums
 from sweep.step.sparse import add_earlier_, add_later_, rows_of
@@ -80,8 +81,7 @@ def refit(
 
 def in_columns(weights: Weights) -> Iterator[tuple[slice, Weights]]:
     """Some dimensions of the target at a time, each contiguous."""
-    for start in range(0, weights.shape[1], COLUMNS):
-        columns = slice(start, min(start + COLUMNS, weights.shape[1]))
+    for columns in consecutive(weights.shape[1], COLUMNS):
         yield columns, weights[:, columns].contiguous()
 
 
@@ -233,8 +233,8 @@ class Normal:
 def in_chunks(
     params: Parameters, capacity: Capacity, threshold: float | None, activations: Activations
 ) -> Iterator[Design]:
-    for start in range(0, len(activations.source), CHUNK_TOKENS):
-        source, target = (tensor[start : start + CHUNK_TOKENS] for tensor in activations)
+    for chunk in consecutive(len(activations.source), CHUNK_TOKENS):
+        source, target = (tensor[chunk] for tensor in activations)
         yield Design.of(at_inference(params, capacity, threshold, source), source, target, capacity)
 
 

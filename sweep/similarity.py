@@ -18,6 +18,7 @@ from torch import Tensor
 from sweep import metrics
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
 from sweep.metrics import Metrics, pieces, ratio
+from sweep.slices import consecutive
 
 __all__ = ["SIMILAR", "DecoderSimilarity", "decoder_similarity"]
 
@@ -129,8 +130,7 @@ def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimila
     best = torch.full((n,), NO_COSINE, device=device)
     nearest = torch.zeros(n, dtype=torch.int64, device=device)
     n_similar = 0
-    for i, start in enumerate(range(0, n, width)):  # smaller neighbours first: the first of equals stays
-        columns = slice(start, min(start + width, n))
+    for i, columns in enumerate(consecutive(n, width)):  # smaller neighbours first: the first of equals stays
         for rows in torch.split((at_most[:, i] >= needed).nonzero().squeeze(1), RANGES_OF_A_TILE**2 * width):
             cosines = unit.products(rows, columns)
             own = ((rows >= columns.start) & (rows < columns.stop)).nonzero().squeeze(1)
@@ -150,8 +150,7 @@ def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimila
 def largest_in_ranges(unit: UnitRows, n: int, width: int) -> Float[Tensor, "n n_ranges"]:
     """The largest coarse cosine of each row with another one in each range of `width` rows."""
     largest = unit.rows.new_empty(n, -(-n // width))
-    side = RANGES_OF_A_TILE * width
-    tiles = [slice(start, min(start + side, n)) for start in range(0, n, side)]
+    tiles = list(consecutive(n, RANGES_OF_A_TILE * width))
     for rows, columns in itertools.combinations_with_replacement(tiles, 2):
         cosines = unit.coarse(rows, columns)
         if rows == columns:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse", "sweep.secrets"},
+    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse", "sweep.secrets", "sweep.slices"},
     {"sweep.revisions", "sweep.failures"},
     {"sweep.config", "sweep.paths"},
     {"sweep.attempt"},

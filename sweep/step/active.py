@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.config import Capacity
+from sweep.slices import consecutive
 from sweep.step import screen
 from sweep.step.entries import Active, aligned_product, entries, kth_largest, no_less, places, sorting
 from sweep.step.revive import Revived, revived
@@ -137,9 +138,8 @@ def pre_latents_in_blocks(
     batch, width = len(source), params.b_enc.numel()
     size = min(max(n_bytes // (batch * source.element_size()), MIN_BLOCK), width)
     buffer = source.new_empty(batch * size)
-    for start in range(0, width, size):
-        latents = slice(start, min(start + size, width))
-        out = buffer[: batch * (latents.stop - start)].view(batch, -1)
+    for latents in consecutive(width, size):
+        out = buffer[: batch * (latents.stop - latents.start)].view(batch, -1)
         yield latents, torch.addmm(params.b_enc[latents], source, params.W_enc[:, latents], out=out)
 
 

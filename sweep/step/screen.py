@@ -16,6 +16,7 @@ from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
+from sweep.slices import consecutive
 from sweep.step.entries import Active, counted, entries, products, sorting
 from sweep.transcoder import Parameters
 
@@ -54,9 +55,8 @@ class Screen:
         batch, width = len(self._left), len(self._bias if self._among is None else self._among)
         size = min(max(n_bytes // (2 * batch), 1), width)
         right, out = self._left.new_empty(size, self._left.shape[1]), self._left.new_empty(batch * size)
-        for start in range(0, width, size):
-            latents = slice(start, min(start + size, width))
-            n = latents.stop - start
+        for latents in consecutive(width, size):
+            n = latents.stop - latents.start
             self._fill(right[:n], latents if self._among is None else self._among[latents])
             yield latents, torch.mm(self._left, right[:n].T, out=out[: batch * n].view(batch, n))
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.config import Capacity, Revival
+from sweep.slices import consecutive
 from sweep.state import TrainState
 from sweep.step.active import encode
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
@@ -83,8 +84,7 @@ def learn_(
     """Change the parameters and moments by one step on scaled source and target."""
     loss, grads, state.threshold = gradients(state.params, source, target, capacity, revival, dead, state.threshold)
     n_latents = max(BLOCK_WEIGHTS // source.shape[1], 1)
-    for start in range(0, capacity.dict_size, n_latents):
-        latents = slice(start, min(start + n_latents, capacity.dict_size))
+    for latents in consecutive(capacity.dict_size, n_latents):
         encoder, decoder = grads.latents(latents)
         update_latents_(state, latents, encoder, grads.b_enc[latents], decoder, lr, betas)
     update_shared_(state, grads.b_dec, grads.W_skip, lr, betas)
