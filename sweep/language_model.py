@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from sweep.config import Model, Site
 from sweep.errors import ModelError
 from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
 from sweep.provenance import multiplies_bfloat16
+from sweep.slices import consecutive
 
 __all__ = [
     "Activations",
@@ -47,6 +48,9 @@ SLOW_BFLOAT16 = (
     "times as long as in float32 (measured with units switched off); set model_dtype=float32"
 )
 """What a user should know; docs/log.md has the measurement."""
+
+OUTPUTS_AT_ONCE = 2048
+"""Of the map onto the vocabulary: their weights stay in cache while they are multiplied."""
 
 log = logging.getLogger(__name__)
 
@@ -329,4 +333,17 @@ def load_language_model(
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
     bridge.eval()
     bridge.requires_grad_(False)
+    unembed = bridge.unembed.original_component
+    if isinstance(unembed, torch.nn.Linear) and torch.device(device).type == "cpu":
+        unembed.forward = partial(multiplied_in_blocks, unembed)  # type: ignore[method-assign]
     return LanguageModel(bridge, model, activation_dtype)
+
+
+def multiplied_in_blocks(linear: torch.nn.Linear, read: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
+    """What a linear map gives, some outputs at a time: for a vocabulary that takes two thirds of the time."""
+    rows = read.flatten(0, -2)
+    out = rows.new_empty(len(rows), linear.out_features)
+    bias = rows.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+    for block in consecutive(linear.out_features, OUTPUTS_AT_ONCE):
+        torch.addmm(bias[block], rows, linear.weight[block].T, out=out[:, block])
+    return out.view(*read.shape[:-1], -1)

@@ -11,6 +11,7 @@ import torch
 from make import make_site
 from torch import Tensor
 
+from sweep import language_model as module
 from sweep.config import HOOKS, Model, Site
 from sweep.errors import ModelError
 from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
@@ -150,6 +151,29 @@ def test_harvest_has_the_same_bits_twice_and_for_fewer_rows(language_model: Lang
     for once, again, fewer in zip(first, second, part, strict=True):
         assert torch.equal(once, again)
         assert torch.equal(once[: len(fewer)], fewer)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_map_in_blocks_gives_what_it_gives_at_once(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OUTPUTS_AT_ONCE", 7)
+    linear = torch.nn.Linear(5, 30, bias).double().requires_grad_(False)
+    read = torch.randn(2, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(module.multiplied_in_blocks(linear, read), linear(read), rtol=1e-12, atol=1e-12)
+
+
+def test_the_vocabulary_comes_in_blocks(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(2)
+    at_once = language_model.run(rows, [], []).logits
+    monkeypatch.setattr(module, "OUTPUTS_AT_ONCE", 100)
+    blocks, product = [], torch.addmm
+
+    def spy(bias: Tensor, *factors: Tensor, out: Tensor) -> Tensor:
+        blocks.append(out.shape[1])
+        return product(bias, *factors, out=out)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    torch.testing.assert_close(language_model.run(rows, [], []).logits, at_once, rtol=1e-5, atol=1e-5)
+    assert blocks == [100, 100, language_model.vocabulary - 200]
 
 
 def test_sites_share_the_tensor_of_a_shared_hook(language_model: LanguageModel) -> None:
