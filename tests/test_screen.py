@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sweep.config import Capacity
-from sweep.step import active, screen
+from sweep.step import active, revive, screen
 from sweep.step.active import encode, encode_above
 from sweep.step.entries import Active
+from sweep.step.revive import among_dead
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, select
 
@@ -40,6 +41,12 @@ made = given(
     bias=st.sampled_from([0.0, 1.0, 1e3]),
     whole_numbers=st.booleans(),
 )
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: five where six latents are dead, one where nearly all are."""
+    monkeypatch.setattr(revive, "DEAD_BYTES", 5 * 6 * 4)
 
 
 def everything(bounds: Screen) -> Active:
@@ -84,6 +91,12 @@ def test_the_largest_of_a_batch_are_those_of_all_exact_values(
     for dead in (NONE, some, torch.arange(1, WIDTH)):
         pre = exactly(params, source)
         pre[:, dead] = torch.addmm(params.b_enc[dead], source, params.W_enc.T[dead].T)
+        of_dead, _ = among_dead(params, source, dead, 1, -torch.inf)  # rounds by how many tokens come at once
+        scale = source.norm(dim=1)[of_dead.token] * params.W_enc.norm(dim=0)[of_dead.latent]
+        scale = scale + params.b_enc[of_dead.latent].abs()
+        assert ((of_dead.value - pre[of_dead.token, of_dead.latent]).abs() <= 1e-5 * scale).all()
+        pre[of_dead.token, of_dead.latent] = of_dead.value
+        assert len(of_dead.value) == BATCH * len(dead)
         for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
             cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
             wanted = select(pre, cap)
@@ -121,7 +134,7 @@ def test_where_bounds_tell_nothing_apart_exact_values_do(monkeypatch: pytest.Mon
     wanted = select(source @ params.W_enc + params.b_enc, cap)
     for threshold in (0.0, float(wanted[wanted > 0].min())):
         monkeypatch.setattr(screen, "pays", lambda source: True)
-        assert active.screened(Screen(params, source), 2 * BATCH, threshold, NONE, source[:, :0]) is None
+        assert active.screened(Screen(params, source), 2 * BATCH, threshold, lambda least: None) is None
         found, _ = encode(params, source, cap, threshold, NONE, 1)
         assert torch.equal(found.token * WIDTH + found.latent, wanted.flatten().nonzero().squeeze(1))
 

@@ -8,6 +8,7 @@ the same rule for equals. Batch top-k searches among bounds first, where those t
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from sweep.config import Capacity
 from sweep.slices import consecutive
 from sweep.step import screen
-from sweep.step.entries import Active, aligned_product, entries, kth_largest, no_less, places, sorting
-from sweep.step.revive import Revived, revived
+from sweep.step.entries import Active, entries, kth_largest, no_less, places, sorting
+from sweep.step.revive import Revived, among_dead, revived
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
@@ -61,18 +62,18 @@ def encode(
     """
     n_wanted, guess = capacity.top_k * len(source), MARGIN * threshold
     if capacity.activation == "batch_top_k" and screen.pays(source) and len(dead) < capacity.dict_size:
-        dead_pre = aligned_product(source, params.W_enc.T[dead]).add_(params.b_enc[dead])
         bounds = Screen(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
-        tries = (screened(bounds, n_wanted, start, dead, dead_pre) for start in dict.fromkeys([guess, 0.0]))
-        active = next((found for found in tries if found is not None), None)
-        if active and bounds.hold:
-            return active, revived(dead_pre, top_k_aux)
+        of_dead = partial(among_dead, params, source, dead, top_k_aux)
+        starts = [guess, 0.0] if guess > 0 else [0.0]
+        found = next(filter(None, (screened(bounds, n_wanted, start, of_dead) for start in starts)), None)
+        if found and bounds.hold:
+            return found
     search = BatchTopK(n_wanted, guess) if capacity.activation == "batch_top_k" else TopK(capacity.top_k)
     dead_pre = searched(search, params, source, BLOCK_BYTES[capacity.activation], dead)
     if isinstance(search, BatchTopK) and search.missed_some:
         search = BatchTopK(n_wanted, 0.0)
         searched(search, params, source, BLOCK_BYTES[capacity.activation], dead[:0])
-    return search.active(), revived(dead_pre, top_k_aux)
+    return search.active(), revived(dead, dead_pre, top_k_aux)
 
 
 @torch.no_grad()
@@ -95,23 +96,23 @@ def all_but(latents: Int64[Tensor, " n"], width: int) -> Int64[Tensor, " m"]:
 
 
 def screened(
-    bounds: Screen, n_wanted: int, guess: float, dead: Int64[Tensor, " n"], dead_pre: Float[Tensor, "batch n"]
-) -> Active | None:
-    """The `n_wanted` largest positive entries of a batch, among those of bounds and of the dead, whose pre-latents are
-    there; None where the guess was too high or bounds are too wide."""
+    bounds: Screen, n_wanted: int, guess: float, of_dead: Callable[[float], tuple[Active, Revived | None]]
+) -> tuple[Active, Revived | None] | None:
+    """The `n_wanted` largest positive entries of a batch, among those with bounds and those of the dead that are no
+    less than what these tell; None where the guess was too high or bounds are too wide."""
     search = BatchTopK(n_wanted, guess, bounds.below)
     for latents, block in bounds.blocks(BLOCK_BYTES["batch_top_k"]):
         search.keep(bounds.above(latents, block, search.bound))
         if search.n_needed > MOST_KEPT * n_wanted:
             return None
     kept = bounds.exact(search.kept())
-    if len(dead):
-        awake = entries(0, dead_pre, no_less(dead_pre, search.bound))
-        kept = Active.join([kept, Active(awake.token, dead[awake.latent], awake.value)])
+    awake, revived = of_dead(search.bound)
+    if len(awake.value):
+        kept = Active.join([kept, awake])
         kept = kept.where(sorting(kept.latent))
     if search.guess > 0 and int(no_less(kept.value, search.guess).count_nonzero()) < n_wanted:
         return None
-    return of_batch(kept, n_wanted)
+    return of_batch(kept, n_wanted), revived
 
 
 def searched(

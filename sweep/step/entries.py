@@ -53,7 +53,8 @@ def entries(start: int, values: Float[Tensor, "batch n"], where: Bool[Tensor, "b
     """Those entries of a block where the mask is true, in order; `start` is its first latent."""
     flat = places(where.flatten())
     token = flat.div(values.shape[1], rounding_mode="floor")
-    return Active(token, flat - token * values.shape[1] + start, values.flatten()[flat])
+    column = flat - token * values.shape[1]
+    return Active(token, column + start, values[token, column])
 
 
 def places(mask: Bool[Tensor, " n"]) -> Int64[Tensor, " n_true"]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sweep.config import Capacity, Revival
 from sweep.transcoder import Parameters, pre_latents, select
 
-__all__ = ["Loss", "transcoder_loss"]
+__all__ = ["Loss", "mean_squares", "transcoder_loss"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,8 @@ def aux_loss(
     values, index = dead_pre.topk(min(top_k_aux, len(dead)), dim=-1, sorted=False)
     revived = torch.zeros_like(dead_pre).scatter(1, index, values)
     return (revived @ params.W_dec[dead] - residual).square().mean()
+
+
+def mean_squares(errors: Float[Tensor, "batch n d"]) -> Float[Tensor, " n"]:
+    """Means over tokens and dimensions, summed token by token: the same for any number of threads."""
+    return torch.linalg.vector_norm(errors, dim=2).square().mean(dim=0) / errors.shape[2]

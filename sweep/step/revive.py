@@ -1,7 +1,7 @@
 """The dead latents that reconstruct the residual, and what they learn from it (`sweep.step.loss` says what that is).
 
-All that is computed stays among the dead: their rows are few, so they stay in cache. Where a good share of the dead
-takes part in each token, products of whole matrices are faster than sums over entries.
+Sums over their entries are apart from those over active ones: the rows of few latents stay in cache. Where a good share
+of the dead takes part in each token, products of whole matrices are faster still.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sweep.step.entries import aligned_product, counted, products, sorting, weighted_sums
+from sweep.slices import consecutive
+from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, weighted_sums
+from sweep.step.loss import mean_squares
+from sweep.transcoder import Parameters
 
-__all__ = ["DeadGradients", "Revived", "revived"]
+__all__ = ["DeadGradients", "Revived", "among_dead", "revived"]
 
 DENSE_SHARE = 0.25
 """From this share of the dead latents in use, products of whole matrices are faster."""
+
+DEAD_BYTES = 16 << 20
+"""Pre-latents of the dead held at once."""
 
 
 @dataclass(frozen=True)
@@ -39,43 +45,60 @@ class DeadGradients:
 class Revived:
     """The largest pre-latents among the dead latents, of each token: places in the list of the dead, and values."""
 
-    n_dead: int
+    dead: Int64[Tensor, " n_dead"]
     place: Int64[Tensor, "batch k"]
     value: Float[Tensor, "batch k"]
 
     @property
     def is_dense(self) -> bool:
-        return self.place.shape[1] >= DENSE_SHARE * self.n_dead
+        return self.place.shape[1] >= DENSE_SHARE * len(self.dead)
 
-    def reconstruction(self, decoder: Float[Tensor, "n_dead d_out"]) -> Float[Tensor, "batch d_out"]:
-        """From the decoder rows of the dead."""
+    def learn(
+        self,
+        W_dec: Float[Tensor, "dict_size d_out"],
+        source: Float[Tensor, "batch d_in"],
+        errors: Float[Tensor, "batch d_out"],
+        weight: float,
+    ) -> tuple[Float[Tensor, ""], DeadGradients]:
+        """The mean square of what the dead leave of the errors of the full reconstruction, and `weight` times its
+        gradients."""
+        left = self.reconstruction(W_dec)
+        left += errors
+        aux = mean_squares(left.unsqueeze(1))[0]
+        left *= 2 * weight / left.numel()
+        return aux, self.gradients(W_dec, source, left)
+
+    def reconstruction(self, W_dec: Float[Tensor, "dict_size d_out"]) -> Float[Tensor, "batch d_out"]:
         if self.is_dense:
-            return self._matrix(self.value) @ decoder
-        return weighted_sums(decoder, self.place.flatten(), self._starts[:-1], self.value.flatten())
+            return self._matrix(self.value) @ W_dec[self.dead]
+        return weighted_sums(W_dec, self._latents, self._starts[:-1], self.value.flatten())
 
     def gradients(
         self,
-        dead: Int64[Tensor, " n_dead"],
-        decoder: Float[Tensor, "n_dead d_out"],
+        W_dec: Float[Tensor, "dict_size d_out"],
         source: Float[Tensor, "batch d_in"],
         d_reconstruction: Float[Tensor, "batch d_out"],
     ) -> DeadGradients:
         """What the gradient of the reconstruction gives the dead."""
         if self.is_dense:
-            d_matrix = self._matrix(aligned_product(d_reconstruction, decoder).gather(1, self.place))
-            d_decoder = self._matrix(self.value).T @ d_reconstruction
-            return DeadGradients(dead, d_matrix.T @ source, d_matrix.sum(dim=0), d_decoder)
-        place = self.place.flatten()
-        d_value = products(d_reconstruction, decoder, self._starts, place)
-        order, starts = sorting(place), counted(place, self.n_dead)[:-1]
+            d_value = aligned_product(d_reconstruction, W_dec[self.dead]).gather(1, self.place)
+            d_matrix, d_decoder = self._matrix(d_value), self._matrix(self.value).T @ d_reconstruction
+            return DeadGradients(self.dead, d_matrix.T @ source, d_matrix.sum(dim=0), d_decoder)
+        place, n_dead = self.place.flatten(), len(self.dead)
+        d_value = products(d_reconstruction, W_dec, self._starts, self._latents)
+        order, starts = sorting(place), counted(place, n_dead)[:-1]
         token = order.div(self.place.shape[1], rounding_mode="floor")
         encoder = weighted_sums(source, token, starts, d_value[order])
         d_decoder = weighted_sums(d_reconstruction, token, starts, self.value.flatten()[order])
-        return DeadGradients(dead, encoder, d_value.new_zeros(self.n_dead).index_add_(0, place, d_value), d_decoder)
+        return DeadGradients(self.dead, encoder, d_value.new_zeros(n_dead).index_add_(0, place, d_value), d_decoder)
 
     def _matrix(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch n_dead"]:
         """Values at these places, zeros elsewhere."""
-        return values.new_zeros(len(values), self.n_dead).scatter_(1, self.place, values)
+        return values.new_zeros(len(values), len(self.dead)).scatter_(1, self.place, values)
+
+    @property
+    def _latents(self) -> Int64[Tensor, " n"]:
+        return self.dead[self.place.flatten()]
 
     @property
     def _starts(self) -> Int64[Tensor, " batch_and_1"]:
@@ -84,10 +107,39 @@ class Revived:
         return torch.arange(0, self.place.numel() + 1, k, device=self.place.device)
 
 
-def revived(dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> Revived | None:
+def among_dead(
+    params: Parameters,
+    source: Float[Tensor, "batch d_in"],
+    dead: Int64[Tensor, " n_dead"],
+    top_k_aux: int,
+    least: float,
+) -> tuple[Active, Revived | None]:
+    """The entries of the dead that are no less than `least`, and the `top_k_aux` largest of each token.
+
+    Some tokens at a time, so that pre-latents stay in cache.
+    """
+    weights, bias = params.W_enc.T[dead], params.b_enc[dead]
+    if len(dead) == 0:
+        return Active(dead, dead, bias), None
+    awake, chosen = [], []
+    for tokens in consecutive(len(source), max(DEAD_BYTES // (4 * len(dead)), 1)):
+        pre = aligned_product(source[tokens], weights).add_(bias)
+        found = entries(0, pre, no_less(pre, least))
+        awake.append(Active(found.token + tokens.start, dead[found.latent], found.value))
+        chosen.append(largest_of_each(pre, top_k_aux))
+    value, place = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    return Active.join(awake), Revived(dead, place, value)
+
+
+def revived(dead: Int64[Tensor, " n_dead"], dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> Revived | None:
     """The `top_k_aux` largest pre-latents of each token, if any latent is dead; negative ones, too."""
-    n_dead = dead_pre.shape[1]
-    if n_dead == 0:
+    if len(dead) == 0:
         return None
-    value, place = dead_pre.topk(min(top_k_aux, n_dead), dim=1, sorted=False)
-    return Revived(n_dead, place, value)
+    value, place = largest_of_each(dead_pre, top_k_aux)
+    return Revived(dead, place, value)
+
+
+def largest_of_each(pre: Float[Tensor, "batch n"], k: int) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
+    """Values and places, in no order."""
+    value, place = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False)
+    return value, place

@@ -22,7 +22,7 @@ from sweep.slices import consecutive
 from sweep.state import TrainState
 from sweep.step.active import encode
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
-from sweep.step.loss import Loss
+from sweep.step.loss import Loss, mean_squares
 from sweep.step.revive import DeadGradients
 from sweep.step.update import update_latents_, update_shared_
 from sweep.transcoder import Parameters
@@ -105,7 +105,6 @@ def gradients(
     n_dead = len(dead) if revival.aux_penalty > 0 else 0
     dead = dead[:n_dead]
     active, revived = encode(params, source, capacity, threshold, dead, revival.top_k_aux)
-    n_active = torch.tensor(len(active.value))
     smallest = float(active.value.min()) if len(active.value) else 0.0
 
     batch, n_groups = len(source), len(capacity.groups)
@@ -125,13 +124,8 @@ def gradients(
     b_enc = torch.zeros_like(params.b_enc)
     if revived is not None:
         weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
-        decoder = params.W_dec[dead]
-        aux_errors = revived.reconstruction(decoder)
-        aux_errors += errors[:, -1]
-        aux = mean_squares(aux_errors.unsqueeze(1))[0]
+        aux, of_dead = revived.learn(params.W_dec, source, errors[:, -1], weight)
         total = total + weight * aux
-        aux_errors *= 2 * weight / target.numel()
-        of_dead = revived.gradients(dead, decoder, source, aux_errors)
         b_enc[dead] = of_dead.bias
     add_later_(errors, shares * (2 / target.numel()))
 
@@ -150,6 +144,7 @@ def gradients(
         W_skip=None if params.W_skip is None else source.T @ errors[:, 0],
         dead=of_dead,
     )
+    n_active = torch.tensor(len(active.value))
     return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
 
 
@@ -170,8 +165,3 @@ def add_later_(errors: Float[Tensor, "n n_groups d"], weights: Float[Tensor, " n
     errors *= weights.unsqueeze(1)
     for group in reversed(range(errors.shape[1] - 1)):
         errors[:, group] += errors[:, group + 1]
-
-
-def mean_squares(errors: Float[Tensor, "batch n d"]) -> Float[Tensor, " n"]:
-    """Means over tokens and dimensions, summed token by token: the same for any number of threads."""
-    return torch.linalg.vector_norm(errors, dim=2).square().mean(dim=0) / errors.shape[2]
