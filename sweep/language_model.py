@@ -333,7 +333,7 @@ def load_language_model(
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
     bridge.eval()
     bridge.requires_grad_(False)
-    unembed = bridge.unembed.original_component
+    unembed = getattr(getattr(bridge, "unembed", None), "original_component", None)
     if isinstance(unembed, torch.nn.Linear) and torch.device(device).type == "cpu":
         unembed.forward = partial(multiplied_in_blocks, unembed)  # type: ignore[method-assign]
     return LanguageModel(bridge, model, activation_dtype)
