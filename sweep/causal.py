@@ -21,9 +21,9 @@ from torch import Tensor
 from sweep.blocks import HarvestedBlocks
 from sweep.config import Site
 from sweep.language_model import Forward, LanguageModel
-from sweep.metrics import Metrics, pieces, ratio
+from sweep.metrics import Metrics, ratio
 from sweep.progress import Report, silent
-from sweep.slices import consecutive
+from sweep.slices import consecutive, pieces
 from sweep.tokens import ROWS_PER_BLOCK
 
 __all__ = ["Attempt", "CausalRows", "Effect", "causal_effects", "simply"]

@@ -28,12 +28,12 @@ from sweep.metrics import (
     Metrics,
     Reconstruction,
     TargetMoments,
-    pieces,
     reconstruction_metrics,
 )
 from sweep.progress import Report, silent
 from sweep.results import CAUSAL_COLUMNS, CAUSAL_METRICS
 from sweep.similarity import DecoderSimilarity, decoder_similarity
+from sweep.slices import pieces
 
 __all__ = ["Evaluation", "Predictor", "evaluate"]
 

@@ -8,7 +8,6 @@ Undefined is None, everywhere: a ratio over targets that never vary.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sweep.results import DEAD_AT_TOKENS
-from sweep.slices import consecutive
+from sweep.slices import pieces
 
 __all__ = [
     "Deviations",
@@ -25,22 +24,13 @@ __all__ = [
     "Reconstruction",
     "TargetMoments",
     "l0_metrics",
-    "pieces",
     "ratio",
     "reconstruction_metrics",
 ]
 
 Metrics = dict[str, float | int | None]
 
-MAX_BYTES = 16 << 20
-"""Size of the largest temporary array, where one row fits; larger ones were slower, not faster."""
-
 NEVER = torch.iinfo(torch.int64).max
-
-
-def pieces(n_rows: int, row_bytes: int, max_bytes: int | None = None) -> Iterator[slice]:
-    """Consecutive slices of `n_rows` rows that stay within `max_bytes` each, MAX_BYTES without; one row at least."""
-    return consecutive(n_rows, max((max_bytes or MAX_BYTES) // row_bytes, 1))
 
 
 def ratio(numerator: float | int, denominator: float | int) -> float | None:

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sweep import slices
+from sweep.bfloat16 import has_fast_bfloat16
 from sweep.config import Capacity
-from sweep.step import active, revive, screen
+from sweep.step import active, screen
 from sweep.step.active import encode, encode_above
 from sweep.step.entries import Active
 from sweep.step.revive import among_dead
@@ -46,7 +48,7 @@ made = given(
 @pytest.fixture(autouse=True)
 def few_tokens_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once: five where six latents are dead, one where nearly all are."""
-    monkeypatch.setattr(revive, "DEAD_BYTES", 5 * 6 * 4)
+    monkeypatch.setattr(slices, "MAX_BYTES", 5 * 6 * 4)
 
 
 def everything(bounds: Screen) -> Active:
@@ -177,3 +179,25 @@ def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> No
         assert screen.pays(source) is fast
         assert not screen.pays(source.double())
         assert not screen.pays(source.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "fast"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8481C", {"avx512_bf16", "amx_bf16"}, True),
+        ("Intel(R) Xeon(R) Platinum 8380H", {"avx512_bf16"}, False),
+        ("AMD EPYC", {"avx512_bf16"}, True),
+        ("AMD EPYC", set(), False),
+    ],
+)
+def test_which_processors_are_fast_at_bfloat16(
+    name: str, units: set[str], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"cpu_name": name} | {unit: unit in units for unit in ("avx512_bf16", "amx_bf16")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert has_fast_bfloat16.__wrapped__() is fast
+
+
+def test_a_torch_that_tells_nothing_of_the_processor_is_taken_for_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert has_fast_bfloat16.__wrapped__() is False

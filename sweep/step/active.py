@@ -19,7 +19,7 @@ from sweep.config import Capacity
 from sweep.slices import consecutive
 from sweep.step import screen
 from sweep.step.entries import Active, entries, kth_largest, no_less, places, sorting
-from sweep.step.revive import Revived, among_dead, revived
+from sweep.step.revive import Revived, among_dead
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
@@ -73,7 +73,7 @@ def encode(
     if isinstance(search, BatchTopK) and search.missed_some:
         search = BatchTopK(n_wanted, 0.0)
         searched(search, params, source, BLOCK_BYTES[capacity.activation], dead[:0])
-    return search.active(), revived(dead, dead_pre, top_k_aux)
+    return search.active(), Revived.of(dead, dead_pre, top_k_aux) if len(dead) else None
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def screened(
     awake, revived = of_dead(search.bound)
     if len(awake.value):
         kept = Active.join([kept, awake])
-        kept = kept.where(sorting(kept.latent))
+        kept = kept.where(sorting(kept.latent))  # as they come from `exact`
     if search.guess > 0 and int(no_less(kept.value, search.guess).count_nonzero()) < n_wanted:
         return None
     return of_batch(kept, n_wanted), revived

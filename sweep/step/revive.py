@@ -5,23 +5,21 @@ of the dead takes part in each token, products of whole matrices are faster stil
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sweep.slices import consecutive
+from sweep.slices import pieces
 from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, weighted_sums
 from sweep.step.loss import mean_squares
 from sweep.transcoder import Parameters
 
-__all__ = ["DeadGradients", "Revived", "among_dead", "revived"]
+__all__ = ["DeadGradients", "Revived", "among_dead"]
 
 DENSE_SHARE = 0.25
 """From this share of the dead latents in use, products of whole matrices are faster."""
-
-DEAD_BYTES = 16 << 20
-"""Pre-latents of the dead held at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,12 @@ class Revived:
     dead: Int64[Tensor, " n_dead"]
     place: Int64[Tensor, "batch k"]
     value: Float[Tensor, "batch k"]
+
+    @classmethod
+    def of(cls, dead: Int64[Tensor, " n_dead"], dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> "Revived":
+        """The `top_k_aux` largest pre-latents of each token; negative ones, too."""
+        value, place = dead_pre.topk(min(top_k_aux, len(dead)), dim=1, sorted=False)
+        return cls(dead, place, value)
 
     @property
     def is_dense(self) -> bool:
@@ -96,7 +100,7 @@ class Revived:
         """Values at these places, zeros elsewhere."""
         return values.new_zeros(len(values), len(self.dead)).scatter_(1, self.place, values)
 
-    @property
+    @cached_property
     def _latents(self) -> Int64[Tensor, " n"]:
         return self.dead[self.place.flatten()]
 
@@ -121,25 +125,11 @@ def among_dead(
     weights, bias = params.W_enc.T[dead], params.b_enc[dead]
     if len(dead) == 0:
         return Active(dead, dead, bias), None
-    awake, chosen = [], []
-    for tokens in consecutive(len(source), max(DEAD_BYTES // (4 * len(dead)), 1)):
+    awake, parts = [], []
+    for tokens in pieces(len(source), 4 * len(dead)):
         pre = aligned_product(source[tokens], weights).add_(bias)
         found = entries(0, pre, no_less(pre, least))
         awake.append(Active(found.token + tokens.start, dead[found.latent], found.value))
-        chosen.append(largest_of_each(pre, top_k_aux))
-    value, place = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        parts.append(Revived.of(dead, pre, top_k_aux))
+    place, value = torch.cat([part.place for part in parts]), torch.cat([part.value for part in parts])
     return Active.join(awake), Revived(dead, place, value)
-
-
-def revived(dead: Int64[Tensor, " n_dead"], dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> Revived | None:
-    """The `top_k_aux` largest pre-latents of each token, if any latent is dead; negative ones, too."""
-    if len(dead) == 0:
-        return None
-    value, place = largest_of_each(dead_pre, top_k_aux)
-    return Revived(dead, place, value)
-
-
-def largest_of_each(pre: Float[Tensor, "batch n"], k: int) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    """Values and places, in no order."""
-    value, place = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False)
-    return value, place
