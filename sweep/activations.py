@@ -109,7 +109,8 @@ class ActivationStream:
             self._held = None
             blocks = self.blocks.read("train", self._blocks_of(number), self.sites)
             batch = {site: self._gathered(site, [block[site] for block in blocks]) for site in self.sites}
-            self._held = Window(number, torch.from_numpy(self._order(number)), batch)
+            order = torch.from_numpy(self._order(number)).to(batch[self.sites[0]].source.device)
+            self._held = Window(number, order, batch)
         return self._held
 
     def _gathered(self, site: Site, parts: list[Activations]) -> Activations:
@@ -167,7 +168,6 @@ def permutation(n: int, seed: int, epoch: int, part: int) -> NDArray[np.int64]:
 
 
 def select_tokens(activations: Activations, index: Int64[Tensor, " tokens"]) -> Activations:
-    index = index.to(activations.source.device)
     return Activations(activations.source[index], activations.target[index])
 
 

@@ -11,13 +11,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sweep.activations import ActivationStream
 from sweep.config import Cell, Schedule
+from sweep.devices import reading_waits
 from sweep.errors import Diverged
 from sweep.language_model import Activations
 from sweep.schedule import is_stage, stage_before
@@ -47,7 +51,8 @@ class Run:
     """One attempt at a cell: its state, and where it saves.
 
     `back` gives an earlier state, of the step it is asked for or before, and forgets the checkpoints after that step.
-    `checkpoint_steps` of 0 saves by the clock alone; without `save` nothing is ever saved.
+    `checkpoint_steps` of 0 saves by the clock alone; without `save` nothing is ever saved. `unread` holds the loss of
+    each step that nobody has looked at yet, with its learning rate.
     """
 
     cell: Cell
@@ -55,27 +60,35 @@ class Run:
     save: Callable[[TrainState], None] | None
     back: Callable[[int], TrainState]
     checkpoint_steps: int
+    unread: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
         return self.state.step >= self.cell.schedule.steps
 
     def advance(self, activations: Activations) -> None:
-        """One training step, then log and save when due; or back to an earlier step, if the loss is not finite.
+        """One training step, then log and save when due; or back to an earlier step, if a loss is not finite.
 
         Raises:
-            Diverged: the loss is not finite, nor did it stay so with lower learning rates.
+            Diverged: a loss is not finite, nor did it stay so with lower learning rates.
         """
         step = self.state.step
         report = train_step_(self.state, *activations, self.cell.capacity, self.cell.schedule, self.cell.revival)
-        if not math.isfinite(float(report.loss.total)):
-            self._go_back(step, f"the loss of step {step} is {float(report.loss.total)} at lr {report.lr:g}")
+        self.unread[step] = report.loss.total, report.lr
+        saves = self.checkpoint_steps > 0 and self.state.step % self.checkpoint_steps == 0
+        something_due = saves or logs(step, self.cell.schedule) or is_stage(step + 1, self.cell.schedule)
+        if reading_waits(report.loss.total) and not something_due:
             return
+        if (failed := self._first_not_finite()) is not None:
+            loss, lr = self.unread[failed]
+            self._go_back(failed, f"the loss of step {failed} is {float(loss)} at lr {lr:g}")
+            return
+        self.unread.clear()
         if is_stage(step + 1, self.cell.schedule) and not self.usable:
             self._go_back(step + 1, f"the weights are not finite after step {step} at lr {report.lr:g}")
             return
         self._log(step, report)
-        if self.finished or (self.checkpoint_steps and self.state.step % self.checkpoint_steps == 0):
+        if self.finished or saves:
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -85,8 +98,16 @@ class Run:
 
     @property
     def usable(self) -> bool:
-        """Whether every parameter is finite."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors())
+        """Whether every parameter and every loss is finite."""
+        finite = all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors())
+        return finite and self._first_not_finite() is None
+
+    def _first_not_finite(self) -> int | None:
+        """The step of the first unread loss that is not finite."""
+        if not self.unread:
+            return None
+        finite = torch.stack([loss for loss, _ in self.unread.values()]).isfinite().tolist()
+        return next((step for step, is_finite in zip(self.unread, finite, strict=True) if not is_finite), None)
 
     def _go_back(self, step: int, reason: str) -> None:
         """Take up an earlier state, with half the learning rate from there on.
@@ -98,6 +119,7 @@ class Run:
         if len(rollbacks) == MAX_ROLLBACKS:
             raise Diverged(f"{reason}, which was lowered {MAX_ROLLBACKS} times already; try a lower lr")
         target = 0 if rollbacks else stage_before(step, self.cell.schedule)
+        self.unread.clear()
         self.state = self.back(target)
         self.state.rollbacks = [*rollbacks, target]
         log.info(

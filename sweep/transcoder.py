@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sweep.config import Capacity
+from sweep.devices import reading_waits
 from sweep.errors import CheckpointError
 from sweep.paths import write_atomic, write_json
 from sweep.revisions import read_object
@@ -86,9 +87,13 @@ def largest(values: Float[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
         return values > 0
     least = values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True).clamp_min(0)
     chosen = values > least
-    row, column = ((values == least) & (least > 0)).nonzero(as_tuple=True)
+    equal = (values == least) & (least > 0)
+    n_left = k - chosen.count_nonzero(dim=1)
+    if reading_waits(values):
+        return chosen | (equal & (equal.cumsum(dim=1) <= n_left.unsqueeze(1)))
+    row, column = equal.nonzero(as_tuple=True)  # rarely more than one, found sooner than all are counted
     rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    fits = rank < (k - chosen.count_nonzero(dim=1))[row]
+    fits = rank < n_left[row]
     chosen[row[fits], column[fits]] = True
     return chosen
 

@@ -84,7 +84,9 @@ def test_there_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -
 
     def gradients(params: Parameters) -> list[Tensor]:
         leaves = params.map(lambda tensor: tensor.clone().requires_grad_(True))
-        total = transcoder_loss(leaves, *data, capacity, cell.revival, torch.arange(0)).total
+        total = transcoder_loss(
+            leaves, *data, capacity, cell.revival, torch.zeros_like(params.b_enc, dtype=torch.bool)
+        ).total
         behind = [tensor for name, tensor in leaves.items() if not name.endswith("enc")]
         return list(torch.autograd.grad(total, behind))
 

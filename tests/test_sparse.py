@@ -23,6 +23,7 @@ D_IN, D_OUT, WIDTH, BATCH, TOP_K = 12, 10, 200, 50, 6
 GROUPS = (25, 50, 100, 150, WIDTH)
 SCHEDULE = Schedule(3e-3, 100, BATCH, 0, "constant", 3e-3, (0.9, 0.999), "float32")
 NONE = torch.zeros(0, dtype=torch.int64)
+NO_LATENT = torch.zeros(WIDTH, dtype=torch.bool)
 
 each_rule = pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
 each_search = pytest.mark.parametrize(
@@ -95,8 +96,9 @@ def test_gradients_equal_those_of_autograd(
     params, batch = make_params(whole_numbers=ties, skip=skip), make_batch(whole_numbers=ties)
     dead = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values
     revival = Revival(0.25 if n_dead else 0.0, 8, 5)
-    wanted_loss, wanted = reference.gradients(params, *batch, capacity(activation, groups), revival, dead)
-    loss, grads, _ = sparse.gradients(params, *batch, capacity(activation, groups), revival, dead)
+    counted = torch.zeros(WIDTH, dtype=torch.bool).index_fill_(0, dead, True)
+    wanted_loss, wanted = reference.gradients(params, *batch, capacity(activation, groups), revival, counted)
+    loss, grads, _ = sparse.gradients(params, *batch, capacity(activation, groups), revival, counted)
     _, revived = encode(params, batch[0], capacity(activation, groups), 0.0, dead, revival.top_k_aux)
     assert (None if revived is None else revived.is_dense) == {0: None, 3: True, 30: True, 60: False}[n_dead]
     torch.testing.assert_close(loss.total, wanted_loss.total, rtol=1e-12, atol=0)
@@ -129,7 +131,7 @@ def test_consecutive_steps_equal_those_of_the_reference(
         got = train_step_(ours, *batch, cap, SCHEDULE, revival, sparse.learn_)
         want = train_step_(theirs, *batch, cap, SCHEDULE, revival, reference.learn_)
         assert got.values() == pytest.approx(want.values(), rel=1e-9)
-        n_dead.append(got.n_dead)
+        n_dead.append(int(got.n_dead))
     assert_same(ours.params, theirs.params)
     assert_same(ours.first_moments, theirs.first_moments)
     assert_same(ours.second_moments, theirs.second_moments)
@@ -178,7 +180,7 @@ def test_weights_that_are_no_numbers_show_in_the_loss(
         params = make_params(dtype=torch.float32)
         params.W_enc[:, where] = torch.nan
         batch = make_batch(dtype=torch.float32)
-        loss, _, _ = sparse.gradients(params, *batch, capacity(activation), Revival(0.0, 8, 5), NONE)
+        loss, _, _ = sparse.gradients(params, *batch, capacity(activation), Revival(0.0, 8, 5), NO_LATENT)
         assert not loss.total.isfinite()
 
 
@@ -186,7 +188,7 @@ def test_weights_that_are_no_numbers_show_in_the_loss(
 def test_a_batch_without_an_active_latent_has_gradients(activation: str) -> None:
     params, batch = make_params(), make_batch()
     params.b_enc.fill_(-100.0)
-    arguments = (params, *batch, capacity(activation), Revival(0.0, 8, 5), NONE)
+    arguments = (params, *batch, capacity(activation), Revival(0.0, 8, 5), NO_LATENT)
     loss, grads, threshold = sparse.gradients(*arguments)
     assert (loss.n_active, threshold) == (0, 0.0)
     assert_same(grads.parameters(), reference.gradients(*arguments)[1])

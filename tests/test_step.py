@@ -1,5 +1,6 @@
 """The training step against a naive model in float64: values, gradients, updates."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,12 @@ import torch
 from make import make_cell
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from sweep import transcoder
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
+from sweep.step import loss as loss_module
 from sweep.step import screen
 from sweep.step.reference import gradients
 from sweep.step.step import train_step_
@@ -42,6 +46,11 @@ def capacity(
     return Capacity(WIDTH, 4, activation, groups, prefix_weight=prefix_weight)  # type: ignore[arg-type]
 
 
+def only(latents: Iterable[int]) -> Tensor:
+    """True for these latents."""
+    return torch.zeros(WIDTH, dtype=torch.bool).index_fill_(0, torch.tensor([*latents], dtype=torch.int64), True)
+
+
 def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dead: list[int]) -> Tensor:
     """The same loss with Python loops and masks instead of topk, scatter and slices."""
     pre = x @ p.W_enc + p.b_enc
@@ -68,14 +77,23 @@ def naive_loss(p: Parameters, x: Tensor, y: Tensor, c: Capacity, r: Revival, dea
 @pytest.mark.parametrize(("groups", "weight"), [((40,), 0.3), ((5, 10, 20, 30, 40), 1.0), ((5, 20, 40), 0.3)])
 @pytest.mark.parametrize("dead", [[], [3, 17, 39], list(range(10, 22))])
 @pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("waits", [False, True], ids=["", "without asking"])
 def test_gradients_match_a_naive_model(
-    activation: str, groups: tuple[int, ...], weight: float, dead: list[int], skip: bool
+    activation: str,
+    groups: tuple[int, ...],
+    weight: float,
+    dead: list[int],
+    skip: bool,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in (loss_module, transcoder):
+        monkeypatch.setattr(module, "reading_waits", lambda tensor: waits)
     params, (x, y) = make_params(), make_batch()
     if skip:
         params.W_skip = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     cap, revival = capacity(activation, groups, weight), Revival(0.25, 6, 5)
-    loss, grads = gradients(params, x, y, cap, revival, torch.tensor(dead, dtype=torch.int64))
+    loss, grads = gradients(params, x, y, cap, revival, only(dead))
     leaves = params.map(lambda t: t.clone().requires_grad_())
     expected = naive_loss(leaves, x, y, cap, revival, dead)
     torch.testing.assert_close(loss.total, expected.detach(), rtol=1e-12, atol=0)
@@ -86,7 +104,7 @@ def test_gradients_match_a_naive_model(
 
 def test_gradients_match_finite_differences() -> None:
     params, (x, y) = make_params(), make_batch()
-    cap, revival, none = capacity(), Revival(0.25, 6, 5), torch.zeros(0, dtype=torch.int64)
+    cap, revival, none = capacity(), Revival(0.25, 6, 5), only([])
     _, grads = gradients(params, x, y, cap, revival, none)
     for name, tensor in params.items():
         index = tuple(0 for _ in tensor.shape)
@@ -100,7 +118,7 @@ def test_gradients_match_finite_differences() -> None:
 
 def test_small_prefixes_get_gradient_of_their_own() -> None:
     params, (x, y) = make_params(), make_batch()
-    none = torch.zeros(0, dtype=torch.int64)
+    none = only([])
     _, nested = gradients(params, x, y, capacity(), Revival(0.0, 6, 5), none)
     _, plain = gradients(params, x, y, capacity(groups=(40,)), Revival(0.0, 6, 5), none)
     assert not torch.allclose(nested.W_dec[:5], plain.W_dec[:5])
@@ -111,13 +129,12 @@ def test_small_prefixes_get_gradient_of_their_own() -> None:
 
 def test_aux_reaches_dead_latents_and_no_other_parameter() -> None:
     params, (x, y) = make_params(), make_batch()
-    dead = torch.tensor([1, 7, 33])
+    dead = only([1, 7, 33])
     params.b_enc[dead] = -100.0  # dead for the main loss: only the raw pre-latents can reach them
     without = gradients(params, x, y, capacity(), Revival(0.0, 2, 5), dead)[1]
     with_aux = gradients(params, x, y, capacity(), Revival(0.5, 2, 5), dead)[1]
     change = {name: getattr(with_aux, name) - getattr(without, name) for name, _ in params.items()}
-    alive = torch.ones(WIDTH, dtype=torch.bool)
-    alive[dead] = False
+    alive = ~dead
     for by_latent in (change["W_enc"].T, change["b_enc"][:, None], change["W_dec"]):
         assert by_latent[alive].eq(0).all()
         assert by_latent[dead].ne(0).any(dim=1).all()
@@ -128,7 +145,7 @@ def test_aux_weight_grows_with_the_number_of_dead_latents() -> None:
     params, (x, y) = make_params(), make_batch()
     revival = Revival(1.0, 8, 5)
     for n_dead in (2, 8, 20):
-        dead = torch.arange(n_dead)
+        dead = only(range(n_dead))
         loss, _ = gradients(params, x, y, capacity(), revival, dead)
         assert loss.aux is not None
         main = torch.stack(loss.prefixes).mean()
@@ -308,3 +325,31 @@ def test_bfloat16_rounds_products_and_nothing_that_is_kept(activation: str, monk
     assert products.dtypes == {torch.bfloat16}
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert losses[1] != losses[0]
+
+
+class Copies(TorchDispatchMode):
+    """No operation reads tensors of two devices, nor writes to another one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        assert len(devices) <= 1, f"{func} copies"
+        return result
+
+
+@pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
+def test_on_a_gpu_the_host_waits_for_nothing(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the device "meta" have no numbers, so whatever asked for one would fail."""
+    for module in (loss_module, transcoder):
+        monkeypatch.setattr(module, "reading_waits", lambda tensor: True)
+    cell = step_cell(activation=activation)
+    params = make_params(torch.float32)
+    params.W_skip = torch.zeros(D_IN, D_OUT)
+    state = TrainState.initial(params.map(lambda tensor: tensor.to("meta")), 1.0, 1.0)
+    state.source_mean, state.write_rates = (torch.zeros(n, device="meta") for n in (D_IN, D_OUT))
+    batch = [tensor.to("meta") for tensor in make_batch(torch.float32)]
+    with Copies():
+        report = train_step_(state, *batch, cell.capacity, cell.schedule, cell.revival)
+    with pytest.raises(RuntimeError, match="meta"):
+        float(report.loss.total)
+    assert state.step == 1

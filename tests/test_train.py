@@ -100,6 +100,30 @@ def test_the_gang_changes_no_byte_of_it(
     same_bytes(unbroken, run_cells([CELLS[index]], make_workflow(tmp_path, cache)), CELLS[index])
 
 
+def test_looking_at_losses_late_changes_no_byte_of_it(
+    tmp_path: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_read: list[int] = []
+
+    def first_not_finite(run: train.Run) -> int | None:
+        n_read.append(len(run.unread))
+        return looked(run)
+
+    looked = train.Run._first_not_finite
+    monkeypatch.setattr(train.Run, "_first_not_finite", first_not_finite)
+    monkeypatch.setattr(train, "N_CURVE_POINTS", 5)
+    monkeypatch.setattr(train, "SAVING_SHARE", 1e9)
+    found = []
+    for waits in (False, True):
+        monkeypatch.setattr(train, "reading_waits", lambda tensor, waits=waits: waits)
+        workflow = make_workflow(tmp_path / str(waits), cache, checkpoint_steps=0, checkpoint_minutes=1e-9)
+        found.append(run_cells(CELLS, workflow))
+        assert (max(n_read) > 1) == waits
+    for cell in CELLS[:-1]:
+        same_bytes(*found, cell)
+    same_failure(*found)
+
+
 @pytest.mark.parametrize("checkpoint_steps", [1, 100])
 def test_checkpoints_change_no_byte_of_it(
     unbroken: ResultsFolder, checkpoint_steps: int, tmp_path: Path, cache: CacheFolder

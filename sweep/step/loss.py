@@ -15,13 +15,14 @@ where mse is the mean over tokens and output dimensions, on targets of unit mean
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from sweep.config import Capacity, Revival
+from sweep.devices import reading_waits
 from sweep.transcoder import Parameters, pre_latents, select
 
-__all__ = ["Loss", "mean_squares", "transcoder_loss"]
+__all__ = ["Loss", "aux_weight", "mean_squares", "transcoder_loss"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def transcoder_loss(
     target: Float[Tensor, "batch d_out"],
     capacity: Capacity,
     revival: Revival,
-    dead: Int[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
 ) -> Loss:
-    """The loss on scaled source and target, with the indices of the latents that count as dead."""
+    """The loss on scaled source and target; `dead` tells which latents count as dead."""
     pre = pre_latents(params, source)
     latents = select(pre, capacity)
     reconstruction = params.b_dec.expand_as(target)
@@ -59,10 +60,10 @@ def transcoder_loss(
         prefixes.append((reconstruction - target).square().mean())
     total = torch.stack([share * prefix for share, prefix in zip(capacity.shares, prefixes, strict=True)]).sum()
     aux = None
-    if revival.aux_penalty > 0 and len(dead) > 0:
+    if revival.aux_penalty > 0 and (reading_waits(dead) or bool(dead.any())):
         aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)
-        total = total + revival.aux_penalty * min(len(dead) / revival.top_k_aux, 1.0) * aux
-    aux = None if aux is None else aux.detach()
+        total = total + aux_weight(dead, revival).to(aux) * aux
+        aux = aux.detach()
     active = latents.detach() > 0
     return Loss(total, [prefix.detach() for prefix in prefixes], aux, active.sum(), active.any(dim=0))
 
@@ -72,13 +73,25 @@ def aux_loss(
     pre: Float[Tensor, "batch dict_size"],
     residual: Float[Tensor, "batch d_out"],
     top_k_aux: int,
-    dead: Int[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error of reconstructing the residual from the top dead latents of each token."""
-    dead_pre = pre[:, dead]
-    values, index = dead_pre.topk(min(top_k_aux, len(dead)), dim=-1, sorted=False)
+    """Mean squared error of reconstructing the residual from the top dead latents of each token.
+
+    The dead are gathered, or the others masked where it would take waiting to learn how many there are.
+    """
+    if reading_waits(dead):
+        dead_pre, rows = pre.masked_fill(~dead, -torch.inf), params.W_dec
+    else:
+        dead_pre, rows = pre[:, dead], params.W_dec[dead]
+    values, index = dead_pre.topk(min(top_k_aux, dead_pre.shape[1]), dim=-1, sorted=False)
+    values = values.masked_fill(values == -torch.inf, 0)  # fewer are dead
     revived = torch.zeros_like(dead_pre).scatter(1, index, values)
-    return (revived @ params.W_dec[dead] - residual).square().mean()
+    return (revived @ rows - residual).square().mean()
+
+
+def aux_weight(dead: Bool[Tensor, " dict_size"], revival: Revival) -> Float64[Tensor, ""]:
+    """Of the auxiliary loss in the total: less while fewer latents are dead than may take part."""
+    return revival.aux_penalty * (dead.count_nonzero().double() / revival.top_k_aux).clamp(max=1)
 
 
 def mean_squares(errors: Float[Tensor, "batch n d"]) -> Float[Tensor, " n"]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sweep.config import Capacity, Revival
@@ -21,7 +21,7 @@ def gradients(
     target: Float[Tensor, "batch d_out"],
     capacity: Capacity,
     revival: Revival,
-    dead: Int64[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
 ) -> tuple[Loss, Parameters]:
     """The loss and its gradient with respect to every parameter."""
     leaves = params.map(lambda tensor: tensor.detach().requires_grad_())
@@ -37,7 +37,7 @@ def learn_(
     target: Float[Tensor, "batch d_out"],
     capacity: Capacity,
     revival: Revival,
-    dead: Int64[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
     lr: float,
     betas: tuple[float, ...],
 ) -> Loss:

@@ -14,7 +14,7 @@ The numbers are those of `sweep.step.loss`, which defines what is minimised, up 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sweep.config import Capacity, Revival
@@ -22,7 +22,7 @@ from sweep.slices import consecutive
 from sweep.state import TrainState
 from sweep.step.active import encode
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
-from sweep.step.loss import Loss, mean_squares
+from sweep.step.loss import Loss, aux_weight, mean_squares
 from sweep.step.revive import DeadGradients
 from sweep.step.update import update_latents_, update_shared_
 from sweep.transcoder import Parameters
@@ -77,7 +77,7 @@ def learn_(
     target: Float[Tensor, "batch d_out"],
     capacity: Capacity,
     revival: Revival,
-    dead: Int64[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
     lr: float,
     betas: tuple[float, ...],
 ) -> Loss:
@@ -98,13 +98,12 @@ def gradients(
     target: Float[Tensor, "batch d_out"],
     capacity: Capacity,
     revival: Revival,
-    dead: Int64[Tensor, " n_dead"],
+    dead: Bool[Tensor, " dict_size"],
     threshold: float = 0.0,
 ) -> tuple[Loss, Gradients, float]:
     """The loss and its gradients; and the smallest active latent, the next batch's `threshold`."""
-    n_dead = len(dead) if revival.aux_penalty > 0 else 0
-    dead = dead[:n_dead]
-    active, revived = encode(params, source, capacity, threshold, dead, revival.top_k_aux)
+    to_revive = (dead & (revival.aux_penalty > 0)).nonzero().squeeze(1)
+    active, revived = encode(params, source, capacity, threshold, to_revive, revival.top_k_aux)
     smallest = float(active.value.min()) if len(active.value) else 0.0
 
     batch, n_groups = len(source), len(capacity.groups)
@@ -123,10 +122,10 @@ def gradients(
     total, aux, of_dead = prefixes @ shares, None, None
     b_enc = torch.zeros_like(params.b_enc)
     if revived is not None:
-        weight = revival.aux_penalty * min(n_dead / revival.top_k_aux, 1.0)
+        weight = float(aux_weight(dead, revival))
         aux, of_dead = revived.learn(params.W_dec, source, errors[:, -1], weight)
         total = total + weight * aux
-        b_enc[dead] = of_dead.bias
+        b_enc[to_revive] = of_dead.bias
     add_later_(errors, shares * (2 / target.numel()))
 
     d_value = products(rows, params.W_dec, starts, active.latent)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sweep.config import Capacity, Revival, Schedule
@@ -17,7 +17,7 @@ from sweep.step.loss import Loss
 __all__ = ["Learn", "StepReport", "default_learn", "train_step_"]
 
 Learn = Callable[
-    [TrainState, Tensor, Tensor, Capacity, Revival, Int64[Tensor, " n_dead"], float, tuple[float, ...]], Loss
+    [TrainState, Tensor, Tensor, Capacity, Revival, Bool[Tensor, " dict_size"], float, tuple[float, ...]], Loss
 ]
 """Changes parameters and moments by one step on scaled source and target: `sparse.learn_` or `reference.learn_`."""
 
@@ -28,7 +28,7 @@ class StepReport:
 
     loss: Loss
     target: Float[Tensor, "batch d_out"]
-    n_dead: int
+    n_dead: Int[Tensor, ""]
     lr: float
 
     def values(self) -> dict[str, float]:
@@ -42,7 +42,7 @@ class StepReport:
         values |= {f"loss_{i}": float(prefix) for i, prefix in enumerate(self.loss.prefixes)}
         if (deviation := float(self.target.var(dim=0, correction=0).mean())) > 0:
             values["fvu"] = float(self.loss.prefixes[-1]) / deviation
-        if self.loss.aux is not None:
+        if self.loss.aux is not None and values["n_dead"] > 0:
             values["aux_loss"] = float(self.loss.aux)
         return values
 
@@ -67,9 +67,12 @@ def train_step_(
     revival: Revival,
     learn_: Learn | None = None,
 ) -> StepReport:
-    """Learn from one batch of raw source and target, in place."""
+    """Learn from one batch of raw source and target, in place.
+
+    On CUDA the host waits for nothing here: it may put the next steps into the queue before this one has run.
+    """
     learn_ = learn_ or default_learn(state.params.W_enc.device, schedule.step_dtype)
-    dead = (state.batches_since_fired >= revival.n_batches_to_dead).nonzero().flatten()
+    dead = state.batches_since_fired >= revival.n_batches_to_dead
     dtype = state.params.W_enc.dtype
     scaled_source = source.to(dtype) * state.source_scale
     scaled_target = target.to(dtype) * state.target_scale
@@ -78,4 +81,4 @@ def train_step_(
     state.batches_since_fired += 1
     state.batches_since_fired.masked_fill_(loss.fired, 0)
     state.step += 1
-    return StepReport(loss, scaled_target, n_dead=len(dead), lr=lr)
+    return StepReport(loss, scaled_target, n_dead=dead.count_nonzero(), lr=lr)
