@@ -320,12 +320,20 @@ def load_language_model(
     if not any(folder.glob("*.safetensors")):  # without one, transformers would unpickle a .bin file
         raise ModelError(f"{folder} holds no *.safetensors; save the model there with save_pretrained")
     from safetensors import SafetensorError
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerFast
 
+    without_words = PreTrainedTokenizerFast(tokenizer_object=Backend(BPE()))  # the model's own takes seconds to load
     try:
         with quiet_transformers():
             bridge = TransformerBridge.boot_transformers(
-                str(folder.absolute()), device=device, dtype=getattr(torch, model.model_dtype), trust_remote_code=False
+                str(folder.absolute()),
+                device=device,
+                dtype=getattr(torch, model.model_dtype),
+                tokenizer=without_words,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"model={model.model}: {folder} cannot be loaded on {device} ({first_line(error)})") from error

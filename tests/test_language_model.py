@@ -286,6 +286,16 @@ def test_units_for_bfloat16_are_read_off_the_processors_flags(
     assert multiplies_bfloat16(tmp_path / "cpuinfo") is has_units
 
 
+def test_a_model_needs_no_tokenizer(
+    language_model: LanguageModel, tiny: Model, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
+    rows, site = make_rows(2), make_site()
+    found = load_language_model(tiny, tmp_path, "cpu").harvest(rows, [site])[site]
+    assert torch.equal(found.target, language_model.harvest(rows, [site])[site].target)
+
+
 def test_load_refuses_a_folder_without_safetensors(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())

@@ -112,15 +112,24 @@ def test_looking_at_losses_late_changes_no_byte_of_it(
     looked = train.Run._first_not_finite
     monkeypatch.setattr(train.Run, "_first_not_finite", first_not_finite)
     monkeypatch.setattr(train, "N_CURVE_POINTS", 5)
-    monkeypatch.setattr(train, "SAVING_SHARE", 1e9)
     found = []
     for waits in (False, True):
         monkeypatch.setattr(train, "reading_waits", lambda tensor, waits=waits: waits)
-        workflow = make_workflow(tmp_path / str(waits), cache, checkpoint_steps=0, checkpoint_minutes=1e-9)
+        workflow = make_workflow(tmp_path / str(waits), cache, checkpoint_steps=7)
         found.append(run_cells([TWICE, NEVER], workflow))
         assert (max(n_read) > 1) == waits
     same_bytes(*found, TWICE)
     same_failure(*found)
+
+
+def test_a_state_with_a_loss_that_is_not_finite_is_not_saved() -> None:
+    state = TrainState.initial(make_params(dtype=torch.float32), 1.0, 1.0)
+    saved: list[TrainState] = []
+    run = train.Run(ONCE, state, saved.append, lambda step: state, 0)
+    for losses, n_saved in (([], 1), ([1.0, 2.0], 2), ([1.0, math.inf, 2.0], 2)):
+        run.unread = {step: (torch.tensor(loss), 1e-3) for step, loss in enumerate(losses)}
+        run.checkpoint()
+        assert len(saved) == n_saved
 
 
 @pytest.mark.parametrize("checkpoint_steps", [1, 100])
