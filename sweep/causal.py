@@ -10,12 +10,12 @@ Position 0 keeps its own activation, as it is in no other metric. A token counts
 and the next token is in the row, so positions 1 to seq_len - 2. Everything is in nats; sums are float64.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sweep.blocks import HarvestedBlocks
@@ -40,8 +40,8 @@ SUMS = {
 MAX_LOGIT_BYTES = 128 << 20
 """Size of the logits held at once, where one row fits."""
 
-PIECE_BYTES = 4 << 20
-"""Size of the log probabilities compared at once: they stay in cache."""
+PIECE_BYTES = 2 << 20
+"""Size of the logits compared at once, those of some words for all tokens: they stay in cache."""
 
 Predict = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]]
 
@@ -161,39 +161,43 @@ def causal_effects(
 
 
 class Clean:
-    """The log probabilities of the clean pass, against which those of other passes are held."""
+    """The logits of the clean pass, against which those of other passes are held, some words at a time."""
 
     def __init__(self, forward: Forward) -> None:
         self._next = forward.rows[:, 2:].flatten()
         self._n_rows = len(forward.rows)
-        logits = counted(forward.logits)
-        self._log_p = torch.empty_like(logits)
-        for piece in self._pieces():
-            self._log_p[piece] = log_softmax(logits[piece])
-        self.cross_entropy = self._per_row([self._surprise(self._log_p[piece], piece) for piece in self._pieces()])
+        self._logits = counted(forward.logits)
+        self._words = list(pieces(self._logits.shape[1], 4 * len(self._logits), PIECE_BYTES))
+        self._total = log_total([self._logits[:, words].logsumexp(1) for words in self._words])
+        self.cross_entropy = self._per_row(self._total - self._of_next(self._logits))
 
     def against(self, logits: Float[Tensor, "rows seq vocabulary"]) -> tuple[Tensor, Tensor]:
-        """Sums over the tokens of each row: the cross-entropy of these logits, and KL(clean || these)."""
-        other, surprises, divergences = counted(logits), [], []
-        for piece in self._pieces():
-            log_p, log_q = self._log_p[piece], log_softmax(other[piece])
-            surprises.append(self._surprise(log_q, piece))
-            divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q).double())
-        return self._per_row(surprises), self._per_row(divergences)
+        """Sums over the tokens of each row: the cross-entropy of these logits, and KL(clean || these).
 
-    def _pieces(self) -> Iterator[slice]:
-        return pieces(len(self._log_p), 4 * self._log_p.shape[-1], PIECE_BYTES)
+        What each word's logit lost, on average over the clean probabilities, and what the logarithm of the total
+        gained: so nothing large cancels.
+        """
+        theirs = counted(logits)
+        lost, totals = [], []
+        for words in self._words:
+            clean, spliced = self._logits[:, words], theirs[:, words]
+            probability = (clean - self._total.unsqueeze(1).to(clean)).exp_()
+            lost.append(torch.linalg.vecdot(probability, clean - spliced).double())
+            totals.append(spliced.logsumexp(1))
+        total = log_total(totals)
+        divergence = torch.stack(lost).sum(0) + total - self._total
+        return self._per_row(total - self._of_next(theirs)), self._per_row(divergence)
 
-    def _surprise(self, log_probs: Float[Tensor, "n vocabulary"], piece: slice) -> Float[Tensor, " n"]:
-        return -log_probs.gather(-1, self._next[piece, None])[:, 0].double()
+    def _of_next(self, logits: Float[Tensor, "tokens vocabulary"]) -> Float64[Tensor, " tokens"]:
+        return logits.gather(1, self._next.unsqueeze(1)).squeeze(1).double()
 
-    def _per_row(self, parts: list[Float[Tensor, " _"]]) -> Float[Tensor, " rows"]:
-        return torch.cat(parts).view(self._n_rows, -1).sum(1)
+    def _per_row(self, values: Float64[Tensor, " tokens"]) -> Float64[Tensor, " rows"]:
+        return values.view(self._n_rows, -1).sum(1)
 
 
-def log_softmax(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
-    """As torch's own, whose sum over 262,144 numbers is off by 3e-5; this one's is not."""
-    return logits - logits.logsumexp(-1, keepdim=True)
+def log_total(parts: list[Float[Tensor, " tokens"]]) -> Float64[Tensor, " tokens"]:
+    """The logarithm of the sum of what the parts are logarithms of."""
+    return torch.stack(parts).double().logsumexp(0)
 
 
 def counted(logits: Float[Tensor, "rows seq vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
