@@ -103,8 +103,9 @@ SECOND = (
 """Folders of Gemma Scope 2 for one layer and width, in the order in which they are filled here: the densest last."""
 
 
-def write_thresholds(cell: Path, root: Path, l0s: tuple[int, ...] = (4, 8, 16, 32)) -> None:
-    """A cell's transcoder at these L0s, and as it is: of a family whose last point is known."""
+def write_thresholds(cell: Path, root: Path, l0s: tuple[int, ...] = (4, 8, 16, 24)) -> None:
+    """A cell's transcoder at these L0s, and as it is: of a family whose last point is known. None may be near its own
+    L0, or it may be the better one by chance."""
     import torch
 
     from sweep.paths import CacheFolder
