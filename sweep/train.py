@@ -99,8 +99,10 @@ class Run:
     @property
     def usable(self) -> bool:
         """Whether every parameter and every loss is finite."""
-        finite = all(bool(tensor.isfinite().all()) for tensor in self.state.params.tensors())
-        return finite and self._first_not_finite() is None
+        params = self.state.params
+        in_memory_order = (tensor.T if tensor is params.W_enc else tensor for tensor in params.tensors())
+        extremes = [extreme for tensor in in_memory_order for extreme in tensor.aminmax()]
+        return bool(torch.stack(extremes).isfinite().all()) and self._first_not_finite() is None
 
     def _first_not_finite(self) -> int | None:
         """The step of the first unread loss that is not finite."""

@@ -40,7 +40,7 @@ class StepReport:
         values = {"loss": float(self.loss.total), "n_dead": float(self.n_dead), "lr": self.lr}
         values["l0"] = int(self.loss.n_active) / len(self.target)
         values |= {f"loss_{i}": float(prefix) for i, prefix in enumerate(self.loss.prefixes)}
-        if (deviation := float(self.target.var(dim=0, correction=0).mean())) > 0:
+        if (deviation := float((self.target - self.target.mean(dim=0)).square().mean())) > 0:
             values["fvu"] = float(self.loss.prefixes[-1]) / deviation
         if self.loss.aux is not None and values["n_dead"] > 0:
             values["aux_loss"] = float(self.loss.aux)
