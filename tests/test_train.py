@@ -3,6 +3,7 @@
 The fault: a step at a learning rate above LIMIT leaves weights and loss without a number, as an overflow would.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gangs import make_workflow, run_cells, same_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from make import make_cell
+from test_step import make_params
 
 from sweep import checkpoint, train
 from sweep.errors import Interrupted
