@@ -84,7 +84,7 @@ def test_pre_latents_lie_between_their_bounds(
 
 
 @made
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_largest_of_a_batch_are_those_of_all_exact_values(
     seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
 ) -> None:
