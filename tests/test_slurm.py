@@ -15,7 +15,7 @@ from cluster import Cluster, start_cluster
 from cluster_sweep import ClusterSweep, job_processes, was_sent
 from faults import last_table
 from test_cli import run
-from test_local import broken
+from test_local import SMOKE, broken
 
 from sweep.attempt import newest
 from sweep.paths import CacheFolder, ResultsFolder
@@ -23,9 +23,6 @@ from sweep.paths import CacheFolder, ResultsFolder
 pytestmark = pytest.mark.slurm
 
 STEPS = 6000
-SMOKE = ("-m", "experiment=smoke", "n_causal_rows=0")
-"""Without the language model: jobs start in half the time, and activations are cached."""
-
 LONG = (*SMOKE, f"steps={STEPS}", "epochs=1", "checkpoint_steps=100", "keep_checkpoints=true")
 QUICK = (*SMOKE, "steps=10")
 
