@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sweep import devices
 from sweep.activations import ActivationStream
 from sweep.config import Cell, Schedule
-from sweep.devices import reading_waits
 from sweep.errors import Diverged
 from sweep.language_model import Activations
 from sweep.schedule import is_stage, stage_before
@@ -77,7 +77,7 @@ class Run:
         self.unread[step] = report.loss.total, report.lr
         saves = self.checkpoint_steps > 0 and self.state.step % self.checkpoint_steps == 0
         something_due = saves or logs(step, self.cell.schedule) or is_stage(step + 1, self.cell.schedule)
-        if reading_waits(report.loss.total) and not something_due:
+        if devices.reading_waits(report.loss.total) and not something_due:
             return
         if (failed := self._first_not_finite()) is not None:
             loss, lr = self.unread[failed]

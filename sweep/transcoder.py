@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sweep import devices
 from sweep.config import Capacity
-from sweep.devices import reading_waits
 from sweep.errors import CheckpointError
 from sweep.paths import write_atomic, write_json
 from sweep.revisions import read_object
@@ -89,7 +89,7 @@ def largest(values: Float[Tensor, "n m"], k: int) -> Bool[Tensor, "n m"]:
     chosen = values > least
     equal = (values == least) & (least > 0)
     n_left = k - chosen.count_nonzero(dim=1)
-    if reading_waits(values):
+    if devices.reading_waits(values):
         return chosen | (equal & (equal.cumsum(dim=1) <= n_left.unsqueeze(1)))
     row, column = equal.nonzero(as_tuple=True)  # rarely more than one, found sooner than all are counted
     rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sweep import transcoder
+from sweep import devices
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
-from sweep.step import loss as loss_module
 from sweep.step import screen
 from sweep.step.reference import gradients
 from sweep.step.step import train_step_
@@ -87,8 +86,7 @@ def test_gradients_match_a_naive_model(
     waits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (loss_module, transcoder):
-        monkeypatch.setattr(module, "reading_waits", lambda tensor: waits)
+    monkeypatch.setattr(devices, "reading_waits", lambda tensor: waits)
     params, (x, y) = make_params(), make_batch()
     if skip:
         params.W_skip = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -340,8 +338,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
 def test_on_a_gpu_the_host_waits_for_nothing(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the device "meta" have no numbers, so whatever asked for one would fail."""
-    for module in (loss_module, transcoder):
-        monkeypatch.setattr(module, "reading_waits", lambda tensor: True)
+    monkeypatch.setattr(devices, "reading_waits", lambda tensor: True)
     cell = step_cell(activation=activation)
     params = make_params(torch.float32)
     params.W_skip = torch.zeros(D_IN, D_OUT)

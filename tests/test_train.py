@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from make import make_cell
 from test_step import make_params
 
-from sweep import checkpoint, train
+from sweep import checkpoint, devices, train
 from sweep.errors import Interrupted
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder
 from sweep.results import METRICS, TABLES, read_row
@@ -116,7 +116,7 @@ def test_looking_at_losses_late_changes_no_byte_of_it(
     monkeypatch.setattr(train, "N_CURVE_POINTS", 5)
     found = []
     for waits in (False, True):
-        monkeypatch.setattr(train, "reading_waits", lambda tensor, waits=waits: waits)
+        monkeypatch.setattr(devices, "reading_waits", lambda tensor, waits=waits: waits)
         workflow = make_workflow(tmp_path / str(waits), cache, checkpoint_steps=7)
         found.append(run_cells([TWICE, NEVER], workflow))
         assert (max(n_read) > 1) == waits

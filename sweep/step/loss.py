@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from sweep import devices
 from sweep.config import Capacity, Revival
-from sweep.devices import reading_waits
 from sweep.transcoder import Parameters, pre_latents, select
 
 __all__ = ["Loss", "aux_weight", "mean_squares", "transcoder_loss"]
@@ -60,7 +60,7 @@ def transcoder_loss(
         prefixes.append((reconstruction - target).square().mean())
     total = torch.stack([share * prefix for share, prefix in zip(capacity.shares, prefixes, strict=True)]).sum()
     aux = None
-    if revival.aux_penalty > 0 and (reading_waits(dead) or bool(dead.any())):
+    if revival.aux_penalty > 0 and (devices.reading_waits(dead) or bool(dead.any())):
         aux = aux_loss(params, pre, (target - reconstruction).detach(), revival.top_k_aux, dead)
         total = total + aux_weight(dead, revival).to(aux) * aux
         aux = aux.detach()
@@ -79,14 +79,13 @@ def aux_loss(
 
     The dead are gathered, or the others masked where it would take waiting to learn how many there are.
     """
-    if reading_waits(dead):
-        dead_pre, rows = pre.masked_fill(~dead, -torch.inf), params.W_dec
-    else:
-        dead_pre, rows = pre[:, dead], params.W_dec[dead]
+    waits = devices.reading_waits(dead)
+    dead_pre = pre.masked_fill(~dead, -torch.inf) if waits else pre[:, dead]
     values, index = dead_pre.topk(min(top_k_aux, dead_pre.shape[1]), dim=-1, sorted=False)
-    values = values.masked_fill(values == -torch.inf, 0)  # fewer are dead
+    if waits:  # where fewer are dead, others came along
+        values = values.masked_fill(~dead[index], 0)
     revived = torch.zeros_like(dead_pre).scatter(1, index, values)
-    return (revived @ rows - residual).square().mean()
+    return (revived @ (params.W_dec if waits else params.W_dec[dead]) - residual).square().mean()
 
 
 def aux_weight(dead: Bool[Tensor, " dict_size"], revival: Revival) -> Float64[Tensor, ""]:
