@@ -1,6 +1,7 @@
 """What is behind the latents in closed form, against references that hold every latent of every token."""
 
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -27,6 +28,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(active, "MIN_BLOCK", 7)
     for rule in active.BLOCK_BYTES:
         monkeypatch.setitem(active.BLOCK_BYTES, rule, 2000)
+
+
+@pytest.fixture
+def never_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration gets better with each iteration."""
+    losses = count(0, -1)
+    monkeypatch.setattr(module.Design, "loss", lambda *_: float(next(losses)))
+
+
+@pytest.fixture
+def no_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PRIOR_TOKENS", 1e-12)
 
 
 def case(**options: Any) -> tuple[Parameters, Capacity, Activations, float | None]:
@@ -58,6 +71,15 @@ def design(params: Parameters, capacity: Capacity, data: Activations) -> tuple[T
     return torch.cat(rows) * roots, data.target.repeat(len(rows), 1) * roots
 
 
+def with_prior(params: Parameters, capacity: Capacity, data: Activations) -> tuple[Tensor, Tensor]:
+    """And rows that hold each latent to its weights, as much as PRIOR_TOKENS of the mean active one would."""
+    x, y = design(params, capacity, data)
+    n_active = int(x[-N:, :24].count_nonzero())  # the last prefix is the whole dictionary
+    root = (module.PRIOR_TOKENS * float(x[:, :24].square().sum()) / n_active) ** 0.5
+    held = root * torch.eye(24, x.shape[1], dtype=torch.float64)
+    return torch.cat([x, held]), torch.cat([y, root * params.W_dec])
+
+
 CASES = [
     {"activation": activation, "skip": skip, "prefix_weight": weight}
     for activation in ("batch_top_k", "top_k")
@@ -66,10 +88,11 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("never_stops")
 @pytest.mark.parametrize("options", CASES)
 def test_many_iterations_end_at_the_least_squares(options: dict[str, Any]) -> None:
     params, capacity, data, threshold = case(**options)
-    x, y = design(params, capacity, data)
+    x, y = with_prior(params, capacity, data)
     wanted = torch.linalg.lstsq(x, y, driver="gelsd").solution
     found = refit(params, capacity, threshold, data, data, 200)
     torch.testing.assert_close(x @ stacked(found), x @ wanted, rtol=1e-6, atol=1e-6)
@@ -77,8 +100,9 @@ def test_many_iterations_end_at_the_least_squares(options: dict[str, Any]) -> No
     assert torch.equal(found.W_enc, params.W_enc)
 
 
+@pytest.mark.usefixtures("no_prior")
 @pytest.mark.parametrize("options", CASES)
-def test_there_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -> None:
+def test_there_without_a_prior_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -> None:
     params, capacity, data, threshold = case(**options)
     cell = make_cell()
 
@@ -95,9 +119,10 @@ def test_there_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -
     assert all(float(g.abs().max()) < 1e-6 for g in fitted)
 
 
+@pytest.mark.usefixtures("never_stops")
 def test_each_iteration_lowers_the_loss_and_is_told() -> None:
     params, capacity, data, threshold = case(skip=True)
-    x, y = design(params, capacity, data)
+    x, y = with_prior(params, capacity, data)
     told: list[int] = []
     losses = [
         float((x @ stacked(refit(params, capacity, threshold, data, data, n, told.append)) - y).square().sum())
@@ -105,6 +130,22 @@ def test_each_iteration_lowers_the_loss_and_is_told() -> None:
     ]
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5
     assert [n for n in told if n] == [1, 1, 2, 1, 2, 3, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("never_stops")
+def test_fitted_to_few_tokens_it_predicts_others_better_by_the_prior(request: pytest.FixtureRequest) -> None:
+    params, capacity, data, threshold = case(skip=False)
+    few, others = (Activations(*(tensor[part] for tensor in data)) for part in (slice(40), slice(40, None)))
+    trained = refit(params, capacity, threshold, others, others, 200)
+    x, y = design(trained, capacity, data)
+
+    def error() -> float:
+        found = refit(trained, capacity, threshold, few, few, 200)
+        return float((x @ stacked(found) - y).view(-1, N, D_OUT)[:, 40:].square().sum())
+
+    with_it = error()
+    request.getfixturevalue("no_prior")
+    assert with_it < 0.85 * error()
 
 
 def test_it_stops_where_calibration_gets_no_better() -> None:
