@@ -1,5 +1,6 @@
 """Activations for benchmarks: the framework's own stream, from the options a user would type."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,17 @@ __all__ = ["Prepared", "cell_of", "prepare"]
 CONF = Path(__file__).parents[1] / "conf"
 
 
+COMPOSING = threading.Lock()
+"""Hydra's state is one for the whole process."""
+
+
 def cell_of(overrides: Sequence[str]) -> Cell:
     """The cell that `python sweep_runner.py OVERRIDES` would train."""
     register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        options: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    with COMPOSING:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            options: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     return cell_from_options(options)
 
 

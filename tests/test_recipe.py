@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,12 @@ def test_every_recipe_of_a_peer_learns_from_the_batches_it_is_sent(name: str, ca
     if not python(FOLDER, peer).exists():
         pytest.skip(f"{peer.name} is missing: python -m benchmarks.peers build {peer.name}")
     learns(name, cache)
+
+
+def test_several_runs_at_once_each_get_the_cell_they_ask_for() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        cells = list(pool.map(lambda seed: cell_of([*recipe.QUICK, f"seed={seed}"]), range(8)))
+    assert [cell.seed for cell in cells] == list(range(8))
 
 
 LOSSES = st.lists(st.one_of(st.none(), st.floats(0.1, 0.9)), min_size=1, max_size=9)
