@@ -4,8 +4,8 @@ Which latents are active, and how strongly, depends on the encoder alone. With t
 prefixes is a quadratic function of everything after it, and Adam stops some way above its minimum. So it is solved as
 in the method of optimal directions (Engan et al. 1999), by conjugate gradients from the trained weights, on the first
 batches of the training stream. A latent is active in a few hundred of their tokens and has more weights than that, so
-its decoder row is held to the trained one by a prior: ridge regression, centred there. Once the calibration split's
-loss stops falling, so do the iterations.
+its decoder row is held to the trained one by a prior: ridge regression, centred there, with the calibration split's
+loss for the variance of noise. Once that stops falling, so do the iterations.
 
 A matrix of `weights` holds, row by row, the decoder of each latent, then what all tokens share: the linear map, if
 there is one, and the bias.
@@ -35,8 +35,8 @@ COLUMNS = 64
 """Dimensions of the target at once: their decoder rows stay in cache while they are summed. All of 640 at once took
 three to five times as long."""
 
-PRIOR_TOKENS = 4.0
-"""How many tokens more each latent counts as active in, with the decoder row that training gave it."""
+PRIOR_VARIANCE = 14.0
+"""Of a decoder weight about its trained value, as a multiple of the mean square of all."""
 
 DAMPING = 1e-4
 """What is added to the second moments of the source before dividing by them, as a share of their mean."""
@@ -66,20 +66,24 @@ def refit(
         tick(0)
     judges = list(in_chunks(params, capacity, threshold, calibration))
 
-    normal = Normal.of(designs, capacity)
-    fits = [Fit(normal, columns, part) for columns, part in in_columns(stacked(params))]
+    columns, trained = zip(*in_columns(stacked(params)), strict=True)
 
-    def loss() -> float:
-        return sum(judge.loss(fit.weights, fit.columns) for judge in judges for fit in fits)
+    def loss(weights: Sequence[Weights]) -> float:
+        parts = list(zip(weights, columns, strict=True))
+        return sum(judge.loss(*part) for judge in judges for part in parts)
 
-    best, least = [fit.weights for fit in fits], loss()
+    best, least = trained, loss(trained)
+    noise, spread = least / calibration.target.numel(), PRIOR_VARIANCE * float(params.W_dec.square().mean())
+    normal = Normal.of(designs, capacity, prior=noise / spread if spread else 0.0)
+    fits = [Fit(normal, *part) for part in zip(columns, trained, strict=True)]
     for done in range(n_iterations):
         tick(done)
         for fit in fits:
             fit.advance()
-        if not (found := loss()) < least:
+        weights = tuple(fit.weights for fit in fits)
+        if not (found := loss(weights)) < least:
             break
-        best, least = [fit.weights for fit in fits], found
+        best, least = weights, found
     tick(n_iterations)
     return unstacked(torch.cat(best, dim=1), params)
 
@@ -202,7 +206,7 @@ class Normal:
     inverse: Float[Tensor, "n_shared n_shared"]
 
     @classmethod
-    def of(cls, designs: Sequence[Design], capacity: Capacity) -> "Normal":
+    def of(cls, designs: Sequence[Design], capacity: Capacity, prior: float) -> "Normal":
         first = designs[0]
         power = first.value.new_zeros(capacity.dict_size)
         crossed = first.value.new_zeros(capacity.dict_size, first.shared.shape[1])
@@ -215,15 +219,13 @@ class Normal:
         weight = power.new_zeros(capacity.dict_size)
         for end, share in zip(capacity.groups, capacity.shares, strict=True):
             weight[:end] += share
-        power *= weight
-        prior = PRIOR_TOKENS * float(power.sum()) / max(sum(len(design.value) for design in designs), 1)
         damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
         return cls(
             designs,
             crossed=crossed.mul_(weight.unsqueeze(1)),
             moments=moments.to(power),
             prior=prior,
-            power=power + prior,
+            power=(power * weight + prior).clamp_min(torch.finfo(power.dtype).tiny),
             inverse=torch.linalg.inv(damped).to(power),
         )
 
@@ -238,7 +240,7 @@ class Normal:
         return product
 
     def divided(self, weights: Weights) -> Weights:
-        """By each latent's own power, and by the damped moments."""
+        """By each latent's own power, and by the damped moments; what is never active stays as it is."""
         quotient = torch.empty_like(weights)
         (latents, shared), (of_latents, of_shared) = self._parts(weights), self._parts(quotient)
         torch.div(latents, self.power.unsqueeze(1), out=of_latents)
