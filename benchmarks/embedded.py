@@ -25,7 +25,6 @@ __all__ = ["Prepared", "cell_of", "prepare"]
 
 CONF = Path(__file__).parents[1] / "conf"
 
-
 COMPOSING = threading.Lock()
 """Hydra's state is one for the whole process."""
 

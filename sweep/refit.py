@@ -65,12 +65,10 @@ def refit(
         designs.append(design)
         tick(0)
     judges = list(in_chunks(params, capacity, threshold, calibration))
-
     columns, trained = zip(*in_columns(stacked(params)), strict=True)
 
     def loss(weights: Sequence[Weights]) -> float:
-        parts = list(zip(weights, columns, strict=True))
-        return sum(judge.loss(*part) for judge in judges for part in parts)
+        return sum(judge.loss(*part) for judge in judges for part in zip(weights, columns, strict=True))
 
     best, least = trained, loss(trained)
     noise, spread = least / calibration.target.numel(), PRIOR_VARIANCE * float(params.W_dec.square().mean())
@@ -98,8 +96,7 @@ class Fit:
     """Conjugate gradients for some dimensions of the target, each of which is a problem of its own."""
 
     def __init__(self, normal: "Normal", columns: slice, weights: Weights) -> None:
-        self.columns, self.weights = columns, weights
-        self._normal = normal
+        self.weights, self._normal = weights, normal
         self._residual = torch.zeros_like(weights)
         for design in normal.designs:
             design.add_back(design.errors(weights, columns), self._residual)
