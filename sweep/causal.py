@@ -1,16 +1,18 @@
 """What a transcoder is worth to the language model: its cross-entropy with a prediction in the activation's place.
 
-For each piece of the rows:
+For some rows at a time:
 
-1. A clean pass: logits, what every transcoder reads, and what enters the layer that it predicts in.
+1. A clean pass through the layers: what every transcoder reads, and what enters the layer that it predicts in.
 2. For each hook that is predicted: passes from that layer on with zero there, and with the mean of the targets.
 3. For each transcoder: a pass from that layer on with its prediction there.
+4. For some words at a time: the logits of all these passes, held against the clean ones. Nothing holds those of a whole
+   vocabulary.
 
 Position 0 keeps its own activation, as it is in no other metric. A token counts where its own activation is replaced
 and the next token is in the row, so positions 1 to seq_len - 2. Everything is in nats; sums are float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +26,6 @@ from sweep.language_model import Forward, LanguageModel
 from sweep.metrics import Metrics, ratio
 from sweep.progress import Report, silent
 from sweep.slices import consecutive, pieces
-from sweep.tokens import ROWS_PER_BLOCK
 
 __all__ = ["Attempt", "CausalRows", "Effect", "causal_effects", "simply"]
 
@@ -37,11 +38,14 @@ SUMS = {
 }
 """The sums of an effect, and their columns in the table of sequences."""
 
-MAX_LOGIT_BYTES = 128 << 20
-"""Size of the logits held at once, where one row fits."""
+TOKENS_AT_ONCE = 1024
+"""In a pass, where one row is not longer: a product with a vocabulary's weights is then worth reading them."""
 
-PIECE_BYTES = 2 << 20
-"""Size of the logits compared at once, those of some words for all tokens: they stay in cache."""
+LOGIT_BYTES = 8 << 20
+"""Size of the logits compared at once, those of some words for all tokens of a pass."""
+
+Key = str | tuple[str, str]
+"""Of a pass: a transcoder's name, or a hook and what it is ablated with."""
 
 Predict = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]]
 
@@ -131,75 +135,88 @@ def causal_effects(
         return {}
     sites = [site for site, _ in predictors.values()]
     targets = {site.hook_names[1]: means[site] for site in sites}
-    names = {name for site in sites for name in site.hook_names}
+    hooks = {name for site in sites for name in site.hook_names}
     layers = {int(name.split(".")[1]) for name in targets}
     sums: dict[str, dict[str, list[Tensor]]] = {name: {key: [] for key in SUMS} for name in predictors}
 
-    def splice(name: str, forward: Forward, clean: Clean, ablated: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def splice(name: str, forward: Forward, passes: dict[Key, Pass]) -> None:
         site, predict = predictors[name]
         source, target = site.hook_names
-        spliced, kl = clean.against(on.model.rerun(forward, target, predict(forward.activations[source])))
-        for key, value in zip(SUMS, (clean.cross_entropy, spliced, *ablated[target], kl), strict=True):
-            sums[name][key].append(value)
+        passes[name] = Pass(on.model.rerun(forward, target, predict(forward.activations[source])), forward.rows)
 
-    step = min(max(MAX_LOGIT_BYTES // (4 * seq_len * on.model.vocabulary), 1), ROWS_PER_BLOCK)
-    for part in consecutive(n_rows, step):
-        forward = on.model.run(on.rows[part], names, layers)
-        clean = Clean(forward)
-        ablated: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in consecutive(n_rows, max(TOKENS_AT_ONCE // seq_len, 1)):
+        forward = on.model.run(on.rows[part], hooks, layers)
+        passes: dict[Key, Pass] = {}
         for hook, mean in targets.items():
-            zero = clean.against(on.model.rerun(forward, hook, torch.zeros_like(mean[None])))
-            ablated[hook] = (zero[0], clean.against(on.model.rerun(forward, hook, mean[None]))[0])
+            for kind, value in (("zero", torch.zeros_like(mean)), ("mean", mean)):
+                passes[hook, kind] = Pass(on.model.rerun(forward, hook, value.unsqueeze(0)), forward.rows)
         for name in list(sums):
-            if not attempt(name, partial(splice, name, forward, clean, ablated)):
+            if not attempt(name, partial(splice, name, forward, passes)):
                 del sums[name]
-            report("splice", part.stop, n_rows, "rows")
+        clean = Pass(forward.leaving, forward.rows)
+        for words in pieces(on.model.vocabulary, 4 * len(clean.leaving), LOGIT_BYTES):
+            compare(clean, passes.values(), words, partial(on.model.logits, forward))
+            report("splice", part.start + (part.stop - part.start) * words.stop // on.model.vocabulary, n_rows, "rows")
+        for name, of_cell in sums.items():
+            hook, spliced = predictors[name][0].hook_names[1], passes[name]
+            for key, one in zip(SUMS, (clean, spliced, passes[hook, "zero"], passes[hook, "mean"]), strict=False):
+                of_cell[key].append(one.cross_entropy())
+            of_cell["kl"].append(spliced.divergence(clean))
     return {
-        name: Effect(seq_len - 2, **{key: torch.cat(parts).cpu() for key, parts in parts_of.items()})
-        for name, parts_of in sums.items()
+        name: Effect(seq_len - 2, **{key: torch.cat(parts).cpu() for key, parts in of_cell.items()})
+        for name, of_cell in sums.items()
     }
 
 
-class Clean:
-    """The logits of the clean pass, against which those of other passes are held, some words at a time."""
+class Pass:
+    """The tokens that count in a pass of the language model, and what their logits add up to, some words at a time."""
 
-    def __init__(self, forward: Forward) -> None:
-        self._next = forward.rows[:, 2:].flatten()
-        self._n_rows = len(forward.rows)
-        self._logits = counted(forward.logits)
-        self._words = list(pieces(self._logits.shape[1], 4 * len(self._logits), PIECE_BYTES))
-        self._total = log_total([self._logits[:, words].logsumexp(1) for words in self._words])
-        self.cross_entropy = self._per_row(self._total - self._of_next(self._logits))
+    def __init__(self, leaving: Float[Tensor, "rows seq d_model"], rows: Int[Tensor, "rows seq"]) -> None:
+        self.leaving = leaving[:, 1:-1].flatten(0, 1)
+        self._n_rows, self._next = len(rows), rows[:, 2:].flatten()
+        self._of_next = self.leaving.new_zeros(len(self.leaving), dtype=torch.float64)
+        self._totals: list[Float64[Tensor, " tokens"]] = []
+        self._lost: list[Float64[Tensor, " tokens"]] = []
 
-    def against(self, logits: Float[Tensor, "rows seq vocabulary"]) -> tuple[Tensor, Tensor]:
-        """Sums over the tokens of each row: the cross-entropy of these logits, and KL(clean || these).
+    def add(
+        self,
+        words: slice,
+        logits: Float[Tensor, "tokens words"],
+        clean: Float[Tensor, "tokens words"],
+        probability: Float[Tensor, "tokens words"],
+    ) -> None:
+        """Logits of some words, beside those of the clean pass and its probabilities among these words."""
+        self._totals.append(logits.logsumexp(1).double())
+        self._lost.append(torch.linalg.vecdot(probability, clean - logits).double())
+        here = (words.start <= self._next) & (self._next < words.stop)
+        column = torch.where(here, self._next - words.start, 0).unsqueeze(1)
+        self._of_next += torch.where(here, logits.gather(1, column).squeeze(1).double(), 0)
 
-        What each word's logit lost, on average over the clean probabilities, and what the logarithm of the total
+    def cross_entropy(self) -> Float64[Tensor, " rows"]:
+        """Summed over the tokens of each row."""
+        return self._per_row(self._total() - self._of_next)
+
+    def divergence(self, clean: "Pass") -> Float64[Tensor, " rows"]:
+        """KL(clean || this), summed over the tokens of each row.
+
+        What the logit of each word lost, on average over the clean probabilities, and what the logarithm of the total
         gained: so nothing large cancels.
         """
-        theirs = counted(logits)
-        lost, totals = [], []
-        for words in self._words:
-            clean, spliced = self._logits[:, words], theirs[:, words]
-            probability = (clean - self._total.unsqueeze(1).to(clean)).exp_()
-            lost.append(torch.linalg.vecdot(probability, clean - spliced).double())
-            totals.append(spliced.logsumexp(1))
-        total = log_total(totals)
-        divergence = torch.stack(lost).sum(0) + total - self._total
-        return self._per_row(total - self._of_next(theirs)), self._per_row(divergence)
+        share = (torch.stack(clean._totals) - clean._total()).exp()
+        return self._per_row((share * torch.stack(self._lost)).sum(0) + self._total() - clean._total())
 
-    def _of_next(self, logits: Float[Tensor, "tokens vocabulary"]) -> Float64[Tensor, " tokens"]:
-        return logits.gather(1, self._next.unsqueeze(1)).squeeze(1).double()
+    def _total(self) -> Float64[Tensor, " tokens"]:
+        """The logarithm of the sum of all exponentials."""
+        return torch.stack(self._totals).logsumexp(0)
 
     def _per_row(self, values: Float64[Tensor, " tokens"]) -> Float64[Tensor, " rows"]:
         return values.view(self._n_rows, -1).sum(1)
 
 
-def log_total(parts: list[Float[Tensor, " tokens"]]) -> Float64[Tensor, " tokens"]:
-    """The logarithm of the sum of what the parts are logarithms of."""
-    return torch.stack(parts).double().logsumexp(0)
-
-
-def counted(logits: Float[Tensor, "rows seq vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
-    """The logits of the tokens that count, in float32."""
-    return logits[:, 1:-1].flatten(0, 1).float()
+def compare(clean: Pass, passes: Iterable[Pass], words: slice, logits: Callable[[Tensor, slice], Tensor]) -> None:
+    """Give every pass the logits of some words, in float32."""
+    expected = logits(clean.leaving, words).float()
+    probability = expected.softmax(1)
+    clean.add(words, expected, expected, probability)
+    for one in passes:
+        one.add(words, logits(one.leaving, words).float(), expected, probability)

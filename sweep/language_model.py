@@ -4,14 +4,15 @@
 2. `load_tokenizer` and `load_language_model` load it; nothing goes to a network from here on.
 3. `LanguageModel.check` holds a site's hooks against the loaded model, before the first step.
 4. `LanguageModel.harvest` runs rows of tokens once and returns the activations of all sites.
-5. `LanguageModel.run` runs them to the end, and `LanguageModel.rerun` again with one activation replaced.
+5. `LanguageModel.run` runs them to the last layer's end, `LanguageModel.rerun` again with one activation replaced, and
+   `LanguageModel.logits` says what comes out, for some words at a time.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from sweep.config import Model, Site
 from sweep.errors import ModelError
 from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
 from sweep.provenance import multiplies_bfloat16
-from sweep.slices import consecutive
 
 __all__ = [
     "Activations",
@@ -49,9 +49,6 @@ SLOW_BFLOAT16 = (
 )
 """What a user should know; docs/log.md has the measurement."""
 
-OUTPUTS_AT_ONCE = 2048
-"""Of the map onto the vocabulary: their weights stay in cache while they are multiplied."""
-
 log = logging.getLogger(__name__)
 
 
@@ -64,14 +61,21 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """A pass over whole rows, and what is needed to run its end again."""
+    """A pass over whole rows, up to the map onto the vocabulary, and what is needed to run its end again."""
 
     rows: Int[Tensor, "rows seq"]
-    logits: Float[Tensor, "rows seq vocabulary"]
+    outputs: Any
+    """What all layers together gave, as whatever kind of object the map onto the vocabulary takes."""
     activations: dict[str, Float[Tensor, "tokens width"]]
     """By full hook name, as `LanguageModel.harvest` gives them."""
     entering: dict[int, Any]
     """By layer from 1 on: what the layer below handed to it."""
+
+    @property
+    def leaving(self) -> Float[Tensor, "rows seq width"]:
+        """What enters the map onto the vocabulary."""
+        leaving: Tensor = self.outputs.last_hidden_state
+        return leaving
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def run(self, rows: Int[Tensor, "rows seq"], names: Collection[str], layers: Collection[int]) -> Forward:
-        """Run rows of tokens to the end, keeping activations by full hook name and what enters some layers.
+        """Run rows of tokens through all layers, keeping activations by full hook name and what enters some layers.
 
         Raises:
             ModelError: a hook does not exist or does not fire.
@@ -212,44 +216,75 @@ class LanguageModel:
                         lambda module, inputs, output, layer=layer: entering.update({layer: output})
                     )
                 )
-            logits = self._bridge.run_with_hooks(rows, return_type="logits", fwd_hooks=hooks, use_cache=False)
+            outputs = self._outputs(rows, hooks)
         if missing := sorted(set(names) - captured.keys()):
             raise self._no_such_hook(missing[0])
-        return Forward(rows, logits, {name: tensor.flatten(0, 1) for name, tensor in captured.items()}, entering)
+        return Forward(rows, outputs, {name: tensor.flatten(0, 1) for name, tensor in captured.items()}, entering)
 
     @torch.no_grad()
     def rerun(
         self, forward: Forward, name: str, values: Float[Tensor, "tokens width"]
-    ) -> Float[Tensor, "rows seq vocabulary"]:
-        """The logits where the activation `name` is replaced by `values` (broadcast) at every position but 0.
+    ) -> Float[Tensor, "rows seq d_model"]:
+        """What leaves the layers with `values` (broadcast) for the activation `name` at every position but 0.
 
         Position 0 keeps what the model computes there. Only the layer of `name` and those above it run: the layers
         below give what they gave in `forward`, which `run` must have kept for that layer.
         """
 
-        def replace(tensor: Tensor, hook: Any) -> Tensor:
+        def replace_rest(tensor: Tensor, hook: Any) -> Tensor:
             replaced, rest = tensor.clone(), tensor[:, 1:]
             replaced[:, 1:] = values.to(tensor).expand(rest.shape[:2].numel(), -1).view_as(rest)
             return replaced
 
         layer = int(name.split(".")[1])
-        with self._skipping(layer, forward.entering.get(layer)):
-            logits: Tensor = self._bridge.run_with_hooks(
-                forward.rows, return_type="logits", fwd_hooks=[(name, replace)], use_cache=False
-            )
-        return logits
-
-    @contextlib.contextmanager
-    def _skipping(self, layer: int, entering: Any) -> Iterator[None]:
-        """Let the layers below `layer` compute nothing and hand on `entering`, whatever kind of object they return."""
         below = [block.original_component for block in self._bridge.blocks[:layer]]
-        for module in below:
-            module.forward = lambda *inputs, **options: entering
-        try:
-            yield
-        finally:
-            for module in below:
-                del module.forward
+        with answering(below, forward.entering.get(layer)):
+            leaving: Tensor = self._outputs(forward.rows, [(name, replace_rest)]).last_hidden_state
+        return leaving
+
+    @torch.no_grad()
+    def logits(
+        self, forward: Forward, leaving: Float[Tensor, "tokens d_model"], words: slice
+    ) -> Float[Tensor, "tokens words"]:
+        """Of some words of the vocabulary, for tokens of which this leaves the layers.
+
+        By the model's own code, which may scale or cap what the map onto the vocabulary gives. `forward` may be of
+        other rows.
+        """
+        unembed = self._unembed
+        bias = None if unembed.bias is None else unembed.bias[words]
+        some = torch.nn.functional.linear(leaving, unembed.weight[words], bias).unsqueeze(0)
+        outputs = replace(forward.outputs, last_hidden_state=leaving.unsqueeze(0))
+        tokens = forward.rows.new_zeros(1, len(leaving))
+        with answering(self._all_layers, outputs), answering([unembed], some):
+            logits: Tensor = self._bridge.original_model(input_ids=tokens, use_cache=False).logits
+        return logits.squeeze(0)
+
+    def _outputs(self, rows: Int[Tensor, "rows seq"], hooks: list[tuple[str, Callable[..., Any]]]) -> Any:
+        """What all layers give together; the map onto the vocabulary is not run."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        found: list[Any] = []
+
+        def stop(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise StopAtLayerException(*inputs)
+
+        with contextlib.ExitStack() as stack:
+            for module in self._all_layers:
+                stack.enter_context(module.register_forward_hook(lambda module, inputs, output: found.append(output)))
+            stack.enter_context(self._unembed.register_forward_pre_hook(stop))
+            self._bridge.run_with_hooks(rows, return_type=None, fwd_hooks=hooks, use_cache=False)
+        return found[-1]
+
+    @property
+    def _unembed(self) -> Any:
+        return self._bridge.unembed.original_component
+
+    @property
+    def _all_layers(self) -> list[torch.nn.Module]:
+        """Modules that hold all layers, each inside the one before it: a model calls one of them."""
+        network = self._bridge.original_model
+        return [network.base_model, network.get_decoder()]
 
     def _kept(self, tensor: Float[Tensor, "rows seq *width"]) -> Float[Tensor, "rows seq-1 *width"]:
         """A contiguous copy without position 0, in the dtype of activations."""
@@ -341,16 +376,16 @@ def load_language_model(
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
     bridge.eval()
     bridge.requires_grad_(False)
-    unembed = getattr(getattr(bridge, "unembed", None), "original_component", None)
-    if isinstance(unembed, torch.nn.Linear) and torch.device(device).type == "cpu":
-        unembed.forward = partial(multiplied_in_blocks, unembed)  # type: ignore[method-assign]
     return LanguageModel(bridge, model, activation_dtype)
 
 
-def multiplied_in_blocks(linear: torch.nn.Linear, read: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
-    """What a linear map gives, some outputs at a time: for a vocabulary that takes two thirds of the time."""
-    out = read.new_empty(*read.shape[:-1], linear.out_features)
-    for block in consecutive(linear.out_features, OUTPUTS_AT_ONCE):
-        bias = None if linear.bias is None else linear.bias[block]
-        out[..., block] = torch.nn.functional.linear(read, linear.weight[block], bias)
-    return out
+@contextlib.contextmanager
+def answering(modules: Collection[torch.nn.Module], answer: Any) -> Iterator[None]:
+    """Let modules compute nothing and hand on `answer`, whatever kind of object it is."""
+    for module in modules:
+        module.forward = lambda *inputs, **options: answer
+    try:
+        yield
+    finally:
+        for module in set(modules):
+            del module.forward

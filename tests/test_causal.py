@@ -16,7 +16,7 @@ from sweep import causal
 from sweep.causal import CausalRows, Effect, causal_effects
 from sweep.config import Site
 from sweep.errors import Interrupted, ModelError
-from sweep.language_model import Forward, LanguageModel
+from sweep.language_model import LanguageModel
 from sweep.model_files import quiet_transformers
 from sweep.paths import CacheFolder
 from sweep.results import CAUSAL_METRICS
@@ -158,8 +158,8 @@ def test_the_prediction_at_bos_is_never_used(language_model: LanguageModel, mean
     assert n_read == [6 * 11]
     forward = language_model.run(ROWS, [], [1])
     rerun = language_model.rerun(forward, SITE.hook_names[1], torch.zeros(1, 32))
-    assert torch.equal(rerun[:, 0], forward.logits[:, 0])
-    assert not torch.isclose(rerun[:, 1:], forward.logits[:, 1:]).all(-1).any()
+    assert torch.equal(rerun[:, 0], forward.leaving[:, 0])
+    assert not torch.isclose(rerun[:, 1:], forward.leaving[:, 1:]).all(-1).any()
 
 
 def test_a_rerun_runs_only_the_layers_from_its_own_on(language_model: LanguageModel) -> None:
@@ -177,7 +177,7 @@ def test_a_rerun_runs_only_the_layers_from_its_own_on(language_model: LanguageMo
         assert ran == list(range(layer, 3))
     for hook in hooks:
         hook.remove()
-    assert torch.equal(language_model.run(ROWS, [], []).logits, forward.logits)  # nothing is left behind
+    assert torch.equal(language_model.run(ROWS, [], []).leaving, forward.leaving)  # nothing is left behind
 
 
 def test_company_and_the_size_of_pieces_do_not_show(
@@ -186,7 +186,8 @@ def test_company_and_the_size_of_pieces_do_not_show(
     gang = {str(i): (site, linear(i)) for i, site in enumerate(SITES)}
     on = CausalRows(language_model, ROWS)
     together = causal_effects(gang, dict.fromkeys(SITES, mean), on)
-    monkeypatch.setattr(causal, "MAX_LOGIT_BYTES", 4 * 12 * 260 * 4)  # four rows, then two
+    monkeypatch.setattr(causal, "TOKENS_AT_ONCE", 4 * 12)  # four rows, then two
+    monkeypatch.setattr(causal, "LOGIT_BYTES", 4 * 4 * 10 * 100)  # a hundred of 260 words
     for name, (site, predict) in gang.items():
         alone = causal_effects({name: (site, predict)}, {site: mean}, on)[name]
         for key in causal.SUMS:
@@ -235,14 +236,3 @@ def test_no_rows_asked_for_leaves_the_columns_null(cache: CacheFolder, tmp_path:
     row = pl.read_parquet(results.row("runs", make_cell(steps=2).cell_id)).row(0, named=True)
     assert all(row[name] is None for name in CAUSAL_METRICS)
     assert "ce_" not in results.cell(make_cell(steps=2).cell_id).summary.read_text()
-
-
-def test_pieces_of_unlike_length_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large vocabulary is held against the clean pass some words at a time, the last of them fewer."""
-    rows, logits = torch.randint(11, (3, 9)), torch.randn(2, 3, 9, 11)
-    whole = causal.Clean(Forward(rows, logits[0], {}, {})).against(logits[1])
-    monkeypatch.setattr(causal, "PIECE_BYTES", 4 * 21 * 4)
-    clean = causal.Clean(Forward(rows, logits[0], {}, {}))
-    assert [words.stop - words.start for words in clean._words] == [4, 4, 3]
-    for sums, expected in zip(clean.against(logits[1]), whole, strict=True):
-        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)

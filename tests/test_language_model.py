@@ -11,7 +11,6 @@ import torch
 from make import make_site
 from torch import Tensor
 
-from sweep import language_model as module
 from sweep.config import HOOKS, Model, Site
 from sweep.errors import ModelError
 from sweep.language_model import LanguageModel, ensure_model_folder, load_language_model, load_tokenizer
@@ -153,27 +152,47 @@ def test_harvest_has_the_same_bits_twice_and_for_fewer_rows(language_model: Lang
         assert torch.equal(once[: len(fewer)], fewer)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_map_in_blocks_gives_what_it_gives_at_once(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OUTPUTS_AT_ONCE", 7)
-    linear = torch.nn.Linear(5, 30, bias).double().requires_grad_(False)
-    read = torch.randn(2, 3, 5, dtype=torch.float64)
-    torch.testing.assert_close(module.multiplied_in_blocks(linear, read), linear(read), rtol=1e-12, atol=1e-12)
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 
 
-def test_the_vocabulary_comes_in_blocks(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = make_rows(2)
-    at_once = language_model.run(rows, [], []).logits
-    monkeypatch.setattr(module, "OUTPUTS_AT_ONCE", 100)
-    blocks, linear = [], torch.nn.functional.linear
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8, "num_key_value_heads": 1}),
+        ("gpt2", {}),
+        ("granite", {"logits_scaling": 7.0}),
+        ("cohere", {"logit_scale": 0.1}),
+        ("phi", {}),  # its map onto the vocabulary has a bias
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16}),  # it calls its decoder, not the module around that
+    ],
+)
+def test_logits_are_those_of_the_model_itself(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def spy(read: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        blocks.append(len(weight))
-        return linear(read, weight, bias)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    torch.testing.assert_close(language_model.run(rows, [], []).logits, at_once, rtol=1e-5, atol=1e-5)
-    assert blocks[-3:] == [100, 100, language_model.vocabulary - 200]
+    torch.manual_seed(0)
+    with quiet_transformers(), torch.no_grad():
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **options)).eval()
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+        network.save_pretrained(tmp_path)
+        rows = make_rows(3, vocabulary=97)
+        expected = network(rows).logits
+    loaded = load_language_model(replace(GEMMA_3_270M, model=kind, n_layers=2), tmp_path, "cpu")
+    forward = loaded.run(rows, [], [1])
+    for _ in range(2):  # nothing is left behind
+        leaving = loaded.run(rows, [], []).leaving.flatten(0, 1)
+        found = torch.cat([loaded.logits(forward, leaving, words) for words in (slice(50), slice(50, 97))], dim=1)
+        torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.vocabulary == 97
 
 
 def test_sites_share_the_tensor_of_a_shared_hook(language_model: LanguageModel) -> None:
