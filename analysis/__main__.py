@@ -70,7 +70,7 @@ def rank_command(
         cells, baselines = everything.filter(~is_baseline), everything.filter(is_baseline)
         chosen = cells if where is None else query.where(cells.lazy(), where).collect()
         edge = baselines if frontier is None else query.where(baselines.lazy(), frontier).collect()
-        sequences = load_table(results, "sequences").frame.collect() if chosen.height and edge.height else None
+        sequences = load_table(results, "sequences").frame.collect()
         groups = [group for group in rank(pl.concat([chosen, edge]), by, sequences) if group.rows or group.left_out]
         if not groups:
             remark(nothing_yet(results, loaded) or [f"no run satisfies {where}" if cells.height else "no cell yet"])
@@ -121,7 +121,7 @@ def effects_command(
         loaded = load_table(results, "runs")
         remark(loaded.warnings)
         runs = loaded.frame if where is None else query.where(loaded.frame, where)
-        groups = effects(runs.collect())
+        groups = effects(runs.collect(), load_table(results, "sequences").frame.collect())
         if not groups:
             remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
         found = [{**group.key, **asdict(effect)} for group in groups for effect in group.effects]

@@ -1,6 +1,7 @@
 """What each swept option did, the others held fixed.
 
-1. Runs are grouped as in a ranking: only FVUs of the same rows and weights are subtracted.
+1. Runs are grouped as in a ranking: only FVUs of the same rows and weights are subtracted, and cross-entropies of the
+   rows that all have.
 2. Two runs are a pair if they differ in one option, seeds equal too. Values that follow another option (steps follow
    the text and batch_size, groups dict_size, warmup_steps steps, min_lr lr) count as equal if they are the same
    fraction of it. Each value is compared with the smallest one it has pairs with.
@@ -18,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+from analysis.common_rows import on_common_rows
 from analysis.presets import decides, has_preset, preset
 from analysis.rows import (
     FOLLOWS,
@@ -74,18 +76,25 @@ class Effects:
     effects: list[Effect]
     unmatched: list[str]
     """Options that vary, but never alone: nothing can be said of them."""
+    notes: list[str]
+    """What a reader must know about the metrics."""
 
 
 Pair = tuple[Row, Row]
 
 
-def effects(runs: pl.DataFrame) -> list[Effects]:
-    """The effects of every option that varies in the table `runs`, by group."""
+def effects(runs: pl.DataFrame, sequences: pl.DataFrame | None = None) -> list[Effects]:
+    """The effects of every option that varies in the table `runs`, by group.
+
+    Args:
+        sequences: the table of that name; without it cross-entropies that were taken over different rows are left out.
+    """
     found = comparable(runs.filter(pl.col("kind") == "cell", pl.col("status") == "done"))
-    return [_group(dict(zip(KEY, key, strict=True)), rows) for key, rows in found.items()]
+    groups = {key: on_common_rows(rows, sequences) for key, rows in found.items()}
+    return [_group(dict(zip(KEY, key, strict=True)), *group) for key, group in groups.items()]
 
 
-def _group(key: Row, rows: list[Row]) -> Effects:
+def _group(key: Row, rows: list[Row], notes: list[str]) -> Effects:
     found: list[Effect] = []
     unmatched: list[str] = []
     together: set[str] = set()
@@ -101,7 +110,7 @@ def _group(key: Row, rows: list[Row]) -> Effects:
         found += changes
         if len(levels) > 1 and not changes and name not in together:
             unmatched.append(name)
-    return Effects(key, found, unmatched)
+    return Effects(key, found, unmatched, notes)
 
 
 def _levels(rows: list[Row], name: str) -> dict[str, list[Row]]:

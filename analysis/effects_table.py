@@ -28,7 +28,7 @@ def effects_text(group: Effects, metrics: Sequence[str] = SHOWN) -> str:
         by_metric = {effect.metric: effect for effect in same}
         n_pairs = max(effect.n_pairs for effect in by_metric.values())
         rows.append([option, here, there, n_pairs, *(_cell(by_metric.get(metric)) for metric in metrics)])
-    below = [f"{name} varies, but no two runs differ in it alone" for name in group.unmatched]
+    below = [*(f"{name} varies, but no two runs differ in it alone" for name in group.unmatched), *group.notes]
     if not rows:
         return as_text(title, style="bold") + as_text("no option varies", *below, "")
     table = as_table(["option", "from", "to", "pairs", *metrics], rows)

@@ -107,11 +107,11 @@ def place(cells: Sums, baselines: Sums, n_resamples: int = N_RESAMPLES) -> Place
     The draws depend on the number of sequences alone, so a cell's placement does not depend on the other cells.
 
     Raises:
-        ValueError: no baseline has a loss and an L0 above zero.
+        ValueError: no baseline has an L0 above zero.
     """
     chosen = frontier(*_totals(baselines))
     if not len(chosen):
-        raise ValueError("no baseline has a loss and an L0 above zero")
+        raise ValueError("no baseline has an L0 above zero")
     n_sequences = len(cells.n_tokens)
     draws = counts(n_sequences, n_resamples if n_sequences > 1 else 0)
     edge = _sorted(*_log_points(baselines.part(chosen), draws))
@@ -122,11 +122,14 @@ def place(cells: Sums, baselines: Sums, n_resamples: int = N_RESAMPLES) -> Place
 
 
 def frontier(l0: Array, loss: Array) -> NDArray[np.intp]:
-    """Indices of the points that no other beats at a lower or equal L0, sparsest first; points at zero never count."""
+    """Indices of the points that no other beats at a lower or equal L0, sparsest first; points at L0 0 never count.
+
+    A loss of zero or less ends it, as none lies below: no ratio to it exists, nor beyond its neighbour's L0.
+    """
     chosen: list[int] = []
     best = np.inf
     for i in np.lexsort((loss, l0)):
-        if l0[i] > 0 and 0 < loss[i] < best:
+        if l0[i] > 0 and loss[i] < best and best > 0:
             chosen.append(int(i))
             best = loss[i]
     return np.array(chosen, dtype=np.intp)
@@ -197,7 +200,9 @@ def _placement(xs: Array, ys: Array, x: Array, y: Array, log_ratio: Array, stret
 
 
 def _where(xs: Array, ys: Array, y: float) -> float | None:
-    """The x at which a falling polygon has the value y; None where it nowhere has."""
+    """The x at which a falling polygon has the value y; None where it nowhere has. Its end may be no number."""
+    known = np.isfinite(ys)
+    xs, ys = xs[known], ys[known]
     if not ys[-1] - ROUNDING <= y <= ys[0] + ROUNDING:
         return None
     return float(np.interp(y, ys[::-1], xs[::-1]))

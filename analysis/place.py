@@ -35,7 +35,7 @@ class Measure:
     sequence_loss: pl.Expr
     """Of a row of `sequences`, not divided by what all transcoders have in common; null where it was not run."""
     on_some: bool = False
-    """It is taken on the first rows only, more for one transcoder than for another."""
+    """It is taken on the first rows only, more for one transcoder than for another: what all have counts."""
 
     def losses_of(self, rows: Sequence[Row]) -> list[float]:
         """Of the rows that have one."""
@@ -94,6 +94,15 @@ class Standing:
         """Whether the row's ratio rests on an extrapolation."""
         return bool(row[f"{self.measure.name}_extrapolated"])
 
+    def loses_nothing(self, row: Row) -> bool:
+        """Whether the row is as good as can be, or better: logarithms know no such loss."""
+        return self.measure.loss_of(row) <= 0
+
+    @property
+    def best_loses_nothing(self) -> bool:
+        """Whether that is so of the densest baseline of the frontier."""
+        return self.losses[-1] <= 0
+
     def tied(self, one: str, other: str) -> bool | None:
         """Whether the sequences do not tell two rows apart, each at its own L0; None where nothing says, as of rows
         that were placed on different sequences.
@@ -109,7 +118,7 @@ def standings(rows: Sequence[Row], baselines: Sequence[Row], sequences: pl.DataF
     Args:
         rows: of a group, one for all seeds of a cell, which `cell_ids` names.
         baselines: of the same group.
-        sequences: the table; it may have other cells too.
+        sequences: the table; it may have other cells too. The rows' own losses are of sequences that compare.
     """
     for measure in MEASURES:
         known = [row for row in rows if math.isfinite(measure.loss_of(row))]
@@ -117,11 +126,11 @@ def standings(rows: Sequence[Row], baselines: Sequence[Row], sequences: pl.DataF
         edge = [baselines[i] for i in frontier(*np.array(points).reshape(-1, 2).T)]
         if not (known and edge):
             continue
-        series = {} if sequences is None else _series([*known, *edge], measure, sequences)
+        series = {} if sequences is None else _series([*known, *baselines], measure, sequences)
         parts: dict[bytes, list[Row]] = defaultdict(list)
         shared: dict[bytes, Array] = {}
         for row in known:
-            numbers = _shared(row, edge, series, measure)
+            numbers = _shared(row, edge, series)
             parts[numbers.tobytes()].append(row)
             shared.setdefault(numbers.tobytes(), numbers)
         placements: dict[str, Placement] = {}
@@ -163,7 +172,7 @@ Series = Array
 
 def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> dict[str, Series]:
     """The sums of every row that has them, the mean over its seeds; of a measure taken on some sequences, on those that
-    all its seeds have.
+    all of them have.
     """
     ids = {row["cell_id"]: row.get("cell_ids") or [row["cell_id"]] for row in rows}
     values = [value.cast(pl.Float64) for value in (measure.sequence_loss, pl.col("sum_l0"), pl.col("n_tokens"))]
@@ -174,7 +183,8 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
     arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
     found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}
     if measure.on_some:
-        found = {name: [_on(_numbers_of_all(seeds), seed) for seed in seeds] for name, seeds in found.items()}
+        numbers = _numbers_of_all(list(arrays.values()))
+        found = {name: [_on(numbers, seed) for seed in seeds] for name, seeds in found.items()}
     return {
         name: np.mean(seeds, 0)
         for name, seeds in found.items()
@@ -197,17 +207,12 @@ def _same_sequences(series: Sequence[Series]) -> bool:
     return all(np.array_equal(one[[0, 3]], series[0][[0, 3]]) for one in series)
 
 
-def _shared(row: Row, edge: Sequence[Row], series: dict[str, Series], measure: Measure) -> Array:
-    """The sequences on which a row is paired with all points of the frontier: its own, which are theirs, or those that
-    all have of a measure taken on some; none where sums are missing, or of other sequences or tokens.
+def _shared(row: Row, edge: Sequence[Row], series: dict[str, Series]) -> Array:
+    """The sequences on which a row is paired with all points of the frontier: its own, which are theirs; none where
+    sums are missing, or of other sequences or tokens.
     """
     found = [series[one["cell_id"]] for one in (row, *edge) if one["cell_id"] in series]
-    if len(found) <= len(edge):
-        return np.empty(0)
-    if measure.on_some:
-        numbers = _numbers_of_all(found)
-        found = [_on(numbers, one) for one in found]
-    return found[0][0] if _same_sequences(found) else np.empty(0)
+    return found[0][0] if len(found) > len(edge) and _same_sequences(found) else np.empty(0)
 
 
 def _total(row: Row, measure: Measure) -> Series:

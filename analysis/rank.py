@@ -21,6 +21,7 @@ from typing import Any
 
 import polars as pl
 
+from analysis.common_rows import on_common_rows
 from analysis.place import MEASURES, PLACE_COLUMNS, Standing, standings
 from analysis.rows import HISTORY, KEY, METRIC_NAMES, OPTIONS, Row, comparable, number, same_and_varying
 from analysis.spread import Spread, pooled
@@ -80,7 +81,8 @@ def rank(runs: pl.DataFrame, by: str = "fvu", sequences: pl.DataFrame | None = N
     """Group and order the rows of the table `runs`.
 
     Args:
-        sequences: the table of that name; without it ratios have no intervals.
+        sequences: the table of that name; without it ratios have no intervals, and cross-entropies that were taken over
+            different rows are left out.
 
     Raises:
         ConfigError: `by` is not a metric that says which way is better.
@@ -94,6 +96,7 @@ def rank(runs: pl.DataFrame, by: str = "fvu", sequences: pl.DataFrame | None = N
 def _group(
     key: Row, runs: list[Row], keys: Sequence[tuple[Any, ...]], by: str, sequences: pl.DataFrame | None
 ) -> Group:
+    runs, told = on_common_rows(runs, sequences)
     reasons = [_not_ranked(row, "fvu" if row["kind"] == "baseline" else by) for row in runs]
     left_out = [(row["cell_id"], reason) for row, reason in zip(runs, reasons, strict=True) if reason]
     ranked = [row for row, reason in zip(runs, reasons, strict=True) if not reason]
@@ -122,7 +125,7 @@ def _group(
     order = group.ordered_by
     _order(group, spreads[by] if order is None else pooled([order.measure.losses_of(cell) for cell in cells]))
     same, varying = same_and_varying(rows)
-    notes = [*_notes(group, varying, keys, spreads[by]), *_unsure_of_seeds(group, cells)]
+    notes = [*_notes(group, varying, keys, spreads[by]), *told, *_unsure_of_seeds(group, cells)]
     return replace(group, same=same, varying=varying, notes=notes)
 
 
@@ -136,7 +139,7 @@ def _order(group: Group, spread: Spread | None) -> None:
         if standing is None:
             return raw
         ratio = row[f"{standing.measure.name}_ratio"]
-        return (ratio is None, standing.guesses(row), number(ratio), *raw)
+        return (standing.guesses(row), 0.0 if standing.loses_nothing(row) else number(ratio), *raw)
 
     rows.sort(key=lambda row: (*place(row), row["cell_id"]))
     for part in (rows, group.measured):
@@ -251,6 +254,12 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
                 f"no interval of {ratio} for {_some(names)}: sums per held-out sequence missing or not "
                 "of the baselines' sequences (table sequences)"
             )
+        words = standing.measure.words
+        if names := [row["cell_id"] for row in group.rows if standing.loses_nothing(row)]:
+            yield f"no {words} at all by {_some(names)}: that has no ratio, and stands first where ratios order"
+        if standing.best_loses_nothing:
+            first = standing.on_frontier[-1]
+            yield f"no {words} at all by the baseline {first}: nothing that is as dense has a ratio to it"
         unsettled = [row for row in group.rows if row["cell_id"] in standing.sequences and row[ratio] is not None]
         if names := [row["cell_id"] for row in unsettled if row[f"{ratio}_low"] is None]:
             yield f"no interval of {ratio} for {_some(names)}: on too many draws of the sequences nothing is added"

@@ -23,20 +23,12 @@ from torch import Tensor
 from sweep.blocks import HarvestedBlocks
 from sweep.config import Site
 from sweep.language_model import Forward, LanguageModel
-from sweep.metrics import Metrics, ratio
+from sweep.metrics import Metrics
 from sweep.progress import Report, silent
+from sweep.recovered import SUMS, causal_metrics
 from sweep.slices import consecutive, pieces
 
 __all__ = ["Attempt", "CausalRows", "Effect", "causal_effects", "simply"]
-
-SUMS = {
-    "clean": "sum_ce_clean",
-    "spliced": "sum_ce_spliced",
-    "ablated_zero": "sum_ce_ablated_zero",
-    "ablated_mean": "sum_ce_ablated_mean",
-    "kl": "sum_kl",
-}
-"""The sums of an effect, and their columns in the table of sequences."""
 
 TOKENS_AT_ONCE = 1024
 """In a pass, where one row is not longer: a product with a vocabulary's weights is then worth reading them."""
@@ -87,18 +79,9 @@ class Effect:
 
     def metrics(self) -> Metrics:
         """Means over tokens, and what of the harm of an ablation is undone; None where an ablation does no harm."""
-        n_tokens = self.n_tokens * len(self.clean)
-        clean, spliced, zero, mean, kl = (float(getattr(self, name).sum()) / n_tokens for name in SUMS)
-        return {
-            "ce_clean": clean,
-            "ce_spliced": spliced,
-            "ce_ablated_zero": zero,
-            "ce_ablated_mean": mean,
-            "ce_recovered_zero": ratio(zero - spliced, zero - clean),
-            "ce_recovered_mean": ratio(mean - spliced, mean - clean),
-            "kl": kl,
-            "n_causal_tokens": n_tokens,
-        }
+        return causal_metrics(
+            self.n_tokens * len(self.clean), {name: float(getattr(self, name).sum()) for name in SUMS}
+        )
 
     def columns(self, n_rows: int) -> dict[str, list[float | int | None]]:
         """Per held-out row, of which the first were run; None for the others."""

@@ -197,6 +197,6 @@ def facts(member: Member, place: Workplace) -> dict[str, Any]:
         **made,
         "config": json.dumps(cell.flat(identity_only=True), sort_keys=True),
         "attempts": member.status.attempts,
-        "training_tokens_per_second": run.state.step * cell.schedule.batch_size / made["seconds"],
+        "training_tokens_per_second": run.n_taken * cell.schedule.batch_size / made["seconds"] if run.n_taken else None,
         "host": member.status.host,
     }

@@ -39,7 +39,8 @@ def finish(
     params = replace(state.params, W_enc=state.params.W_enc.contiguous())  # as it is saved: rounds as inference will
     threshold = None
     if cell.capacity.activation == "batch_top_k":
-        sources = (activations.source * state.source_scale for activations in calibration)
+        dtype = params.W_enc.dtype  # scaled in it, as in training: bfloat16 would be rounded twice
+        sources = (activations.source.to(dtype) * state.source_scale for activations in calibration)
         n_tokens = sum(len(activations.source) for activations in calibration)
         threshold = fit_threshold(params, sources, n_tokens, cell.capacity.top_k)
     if sample:
@@ -66,7 +67,7 @@ def fit_threshold(params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]]
     rows = max(CHUNK_ELEMENTS // params.b_enc.numel(), 1)
     bound = 0.0
     for source in sources:
-        for chunk in source.to(params.W_enc.dtype).split(rows):
+        for chunk in source.split(rows):
             pre = pre_latents(params, chunk)
             kept = torch.cat([kept, pre[pre > bound]])
             if len(kept) > 2 * n_wanted:

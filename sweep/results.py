@@ -203,7 +203,7 @@ RUNS = (
     Column("tokens_hash", "string", "sha256 of the token file"),
     Column("heldout_hash", "string", "sha256 of its held-out rows"),
     Column("model_hash", "string", "sha256 of the language model's weights"),
-    Column("config", "string", "the whole cell as JSON"),
+    Column("config", "string", "the options that make up cell_id, as JSON"),
     Column("n_language_model_tokens", "int64", "tokens run for activations of the whole gang", True, unit="tokens"),
     Column("gang_size", "int64", "cells that trained on the same pass", True, unit="cells"),
     Column("attempts", "int64", "runs it took to finish the cell", True, unit="runs"),
@@ -211,7 +211,7 @@ RUNS = (
     Column(
         "training_tokens_per_second",
         "float64",
-        "training tokens of the gang's pace, language model included",
+        "training tokens of the last attempt over `seconds`; null if it took no step",
         True,
         unit="tokens / second",
     ),

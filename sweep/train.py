@@ -52,7 +52,8 @@ class Run:
 
     `back` gives an earlier state, of the step it is asked for or before, and forgets the checkpoints after that step.
     `checkpoint_steps` of 0 saves by the clock alone; without `save` nothing is ever saved. `unread` holds the loss of
-    each step that nobody has looked at yet, with its learning rate.
+    each step that nobody has looked at yet, with its learning rate. `n_taken` counts the steps of this attempt, also
+    those it went back behind.
     """
 
     cell: Cell
@@ -61,6 +62,7 @@ class Run:
     back: Callable[[int], TrainState]
     checkpoint_steps: int
     unread: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    n_taken: int = 0
 
     @property
     def finished(self) -> bool:
@@ -74,6 +76,7 @@ class Run:
         """
         step = self.state.step
         report = train_step_(self.state, *activations, self.cell.capacity, self.cell.schedule, self.cell.revival)
+        self.n_taken += 1
         self.unread[step] = report.loss.total, report.lr
         saves = self.checkpoint_steps > 0 and self.state.step % self.checkpoint_steps == 0
         something_due = saves or logs(step, self.cell.schedule) or is_stage(step + 1, self.cell.schedule)

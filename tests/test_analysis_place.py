@@ -240,34 +240,3 @@ def test_records_of_baselines_have_no_place(results: Path) -> None:
     for record in records([ranked(results)]):
         if record["kind"] == "baseline":
             assert [record[name] for name in PLACE_COLUMNS] == [None] * len(PLACE_COLUMNS)
-
-
-def test_cross_entropy_is_placed_on_the_rows_the_language_model_ran_on(tmp_path: Path) -> None:
-    """The cross-entropy that a prediction adds stands in for the FVU; most rows were not run, and more for one cell."""
-    n_run, more = 12, 4
-
-    def write_spliced(name: str, l0: float, added: float, n_run: int, **row: Any) -> None:
-        rows = sequences(l0, 0.5, 0)
-        for i, sequence in enumerate(rows):
-            clean = 60.0 + i if i < n_run else None
-            sequence |= {"sum_ce_clean": clean, "sum_ce_spliced": None if clean is None else clean + 30 * added}
-        means = {"ce_clean": 2.0, "ce_spliced": 2.0 + added, "ce_recovered_zero": 1 - added}
-        write_cell(tmp_path, name, l0=l0, fvu=0.5, sequences=rows, **means, **row)
-
-    for name, l0, added in (("low", 8.0, 0.8), ("high", 32.0, 0.2)):
-        write_spliced(name, l0, added, n_run + more, kind="baseline", baseline=f"layer_1/{name}")
-    write_spliced("ours", 16.0, 0.3, n_run, options={"lr": 0.001})
-    write_spliced("worse", 16.0, 0.5, n_run + 2 * more, options={"lr": 0.002})
-    group = ranked(tmp_path, "ce_recovered_zero")
-    standing = group.ordered_by
-    assert standing is not None and standing.measure.name == "ce"
-    ran = {name: len(numbers) for name, numbers in standing.sequences.items()}
-    assert ran == {"ours": n_run, "worse": n_run + more}  # each on all that it shares with the baselines
-    assert standing.tied("ours", "worse") is None
-    assert [row["cell_id"] for row in group.rows] == ["ours", "worse"]
-    assert [row["ce_verdict"] for row in group.rows] == ["better", "worse"]
-    assert [row["ce_ratio"] for row in group.rows] == pytest.approx([0.3 / 0.4, 0.5 / 0.4])
-    text = rank_text(group)
-    assert "95%: held-out sequences (fvu 30, ce 12 or 16) drawn" in text
-    assert "ce_matched_l0" in text and "cross-entropy added over the baselines'" in text
-    assert "ce_matched_l0" not in rank_text(ranked(tmp_path)).split("\n\n")[1]

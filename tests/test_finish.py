@@ -62,6 +62,18 @@ def test_finish_fits_batch_top_k_and_leaves_top_k_alone() -> None:
         assert float((latents > 0).sum(dim=1).float().mean()) == 4.0
 
 
+def test_activations_in_bfloat16_are_rounded_once() -> None:
+    """As they come; not again when they are scaled, which training does in float32."""
+    source, target = make_data()
+    source[:, 0] *= 30
+    rounded = Activations(source.bfloat16(), target.bfloat16())
+    cell = make_cell()
+    state = initial_state(*(tensor.float() for tensor in rounded), cell.capacity, seed=0)
+    as_float32 = finish(state, cell, [Activations(*(tensor.float() for tensor in rounded))])
+    assert as_float32.threshold is not None
+    assert torch.equal(finish(state, cell, [rounded]).threshold, as_float32.threshold)
+
+
 def test_what_is_saved_predicts_as_training_does_in_raw_units() -> None:
     source, target = make_data()
     cell = make_cell(skip=True)

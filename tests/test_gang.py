@@ -101,6 +101,12 @@ def test_a_stopped_gang_resumes_to_the_same_bytes(
     for cell in gang_cells():
         same_bytes(unbroken, results, cell)
         assert read_status(results.cell(cell.cell_id)).attempts == 2
+        row = pl.read_parquet(results.row("runs", cell.cell_id)).row(0, named=True)
+        if n_steps := max(cell.schedule.steps - stop_at, 0):  # the pace is that of the last attempt alone
+            n_tokens = row["training_tokens_per_second"] * row["seconds"]
+            assert n_tokens == pytest.approx(n_steps * cell.schedule.batch_size)
+        else:
+            assert row["training_tokens_per_second"] is None
 
 
 def test_a_gang_of_cells_at_different_steps_ends_in_the_same_bytes(

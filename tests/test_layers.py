@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse", "sweep.secrets", "sweep.slices"},
+    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse", "sweep.recovered", "sweep.secrets", "sweep.slices"},
     {"sweep.revisions", "sweep.failures"},
     {"sweep.config", "sweep.paths"},
     {"sweep.attempt"},
@@ -93,13 +93,13 @@ TORCH_FREE = {
         "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
         "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.cache", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
-        "sweep.secrets", "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
+        "sweep.recovered", "sweep.secrets", "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
     }
 }  # fmt: skip
 HEAVY = {"torch", "transformer_lens", "transformers", "datasets", "safetensors.torch"}
 
 ANALYSIS_MAY_USE = {"sweep.results", "sweep.config", "sweep.options", "sweep.paths", "sweep.errors", "sweep.baselines",
-                    "sweep.baselines.published"}  # fmt: skip
+                    "sweep.baselines.published", "sweep.recovered"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

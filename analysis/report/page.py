@@ -81,10 +81,10 @@ def report(results: Path, request: Request) -> tuple[str, list[str]]:
 
 def _places(results: Path, runs: pl.DataFrame, sweeps: Sequence[Sweep], remarks: list[str]) -> list[Place]:
     """The groups of a ranking, each with all that is drawn of it. What could not be read is added to the remarks."""
-    has_baselines = bool((runs["kind"] == "baseline").any())
-    groups = rank(runs, sequences=load_table(results, "sequences").frame.collect() if has_baselines else None)
+    sequences = load_table(results, "sequences").frame.collect()
+    groups = rank(runs, sequences=sequences)
     rows = list(comparable(runs).values())
-    changes = {tuple(found.key.values()): found for found in effects(runs)}
+    changes = {tuple(found.key.values()): found for found in effects(runs, sequences)}
     each = max(MAX_DRAWN // max(len(groups), 1), 8)
     wanted = [drawn(group.rows, each) for group in groups]
     cells = [cell_id for some in wanted for cell_id in some]
