@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from polars.datatypes import DataType, DataTypeClass
 
+from sweep.errors import first_line
 from sweep.results import columns_of, polars_schema, seal_holds
 
-__all__ = ["Outcome", "Part", "first_line", "read_files"]
+__all__ = ["Outcome", "Part", "read_files"]
 
 UNREADABLE = (
     pa.ArrowException,
@@ -192,8 +193,3 @@ def _fits(dtype: DataType | DataTypeClass, wanted: DataType | DataTypeClass) -> 
 
 def _unknown(columns: Iterable[str], table: str) -> tuple[str, ...]:
     return tuple(sorted(set(columns) - set(polars_schema(table))))
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong without the traces libraries append."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -3,18 +3,16 @@
 import math
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from analysis.rows import Row
+from sweep.checkout import CONF
 from sweep.config import frozen
 from sweep.options import ABSOLUTE, Relative, absolute
 
 __all__ = ["decides", "has_preset", "preset"]
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @cache

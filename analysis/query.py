@@ -9,9 +9,8 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.files import first_line
 from analysis.tables import Loaded, load_table
-from sweep.errors import ConfigError
+from sweep.errors import ConfigError, first_line
 from sweep.results import TABLES, polars_schema
 
 __all__ = ["query", "tables_named", "where"]

@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Case", "Contender", "Failed", "Measured", "contest"]
+from sweep.checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["ROOT", "Case", "Contender", "Failed", "Measured", "contest"]
 
 
 @dataclass(frozen=True)

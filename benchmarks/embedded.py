@@ -4,18 +4,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
 from sweep.activations import ActivationStream
 from sweep.blocks import HarvestedBlocks, from_model, with_cache
 from sweep.config import Cell
 from sweep.language_model import ensure_model_folder, load_tokenizer
-from sweep.launch.register import register
-from sweep.options import cell_from_options
+from sweep.launch.compose import cells_of
 from sweep.paths import CacheFolder
 from sweep.progress import Report, silent
 from sweep.revisions import weights_hash
@@ -23,20 +17,15 @@ from sweep.tokens import prepare_tokens
 
 __all__ = ["Prepared", "cell_of", "prepare"]
 
-CONF = Path(__file__).parents[1] / "conf"
-
 COMPOSING = threading.Lock()
 """Hydra's state is one for the whole process."""
 
 
 def cell_of(overrides: Sequence[str]) -> Cell:
     """The cell that `python sweep_runner.py OVERRIDES` would train."""
-    register()
     with COMPOSING:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            options: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
-    return cell_from_options(options)
+        _, (cell,) = cells_of(overrides)
+    return cell
 
 
 @dataclass(frozen=True)

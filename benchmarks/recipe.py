@@ -159,7 +159,9 @@ class Comparison:
         return walk(self.asked.rates, lambda lr: self._measured(name, lr, seed=0).get("calibration_fvu"))
 
     def _key(self, name: str, lr: float, seed: int) -> Row:
-        return {"recipe": name, "options": self.asked.options, "lr": lr, "seed": seed}
+        """What tells runs apart: the cell says what recipe and presets are today."""
+        cell_id = self._cell(name, lr, seed).cell_id
+        return {"recipe": name, "options": self.asked.options, "lr": lr, "seed": seed, "cell_id": cell_id}
 
     def _cell(self, name: str, lr: float, seed: int) -> Cell:
         recipe = self.recipes.get(name) or RECIPES[name]

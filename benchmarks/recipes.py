@@ -215,7 +215,7 @@ RECIPES = {
     "simple": Recipe(SIMPLE, by_steps(from_zero_decoder, learning_by(adam_free_))),
     "simple, linear map": Recipe((*SIMPLE, MAP), by_steps(from_zero_decoder, learning_by(adam_free_))),
     "simple, linear map, refitted": Recipe(
-        (*SIMPLE, MAP, "refit_iterations=6"), by_steps(from_zero_decoder, learning_by(adam_free_))
+        (*SIMPLE, MAP, "refit_iterations=10"), by_steps(from_zero_decoder, learning_by(adam_free_))
     ),
     "sparsify": Recipe(SIMPLE, by_peer("sparsify_recipe"), cost=1.5, peer="sparsify"),
     "dictionary_learning": Recipe(PLAIN, by_peer("dictionary_learning_recipe"), cost=3, peer="dictionary_learning"),

@@ -53,7 +53,6 @@ def opened(
         SweepError: it is wrong, or the transcoder is not there.
     """
     from sweep.launch.elsewhere import open_checkpoint
-    from sweep.launch.launch import check_cache
     from sweep.options import device_problems
     from sweep.saved import check_output
 
@@ -63,7 +62,7 @@ def opened(
     if output_dir is not None:
         check_output(output_dir)
     cache = CacheFolder(cache_dir or saved.default_cache)
-    check_cache(cache.root)
+    cache.check()
     return saved, cache
 
 
@@ -189,14 +188,13 @@ def prepare_command(
     with refusals():
         from sweep.launch import console
         from sweep.launch.compose import cells_of
-        from sweep.launch.launch import check_cache
         from sweep.paths import CacheFolder
 
         workflow, cells = cells_of(overrides or ())
         if workflow.dry_run:
             raise ConfigError("dry_run=true: prepare makes things; python sweep_runner.py dry_run=true shows the plan")
         cache = CacheFolder(Path(workflow.cache_dir))
-        check_cache(cache.root)
+        cache.check()
         with console.progress() as report:
             report("start", 0, 0, "")
             from sweep.prepare import prepare

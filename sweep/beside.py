@@ -17,8 +17,9 @@ from sweep.commit import Workplace, circumstances
 from sweep.config import SCHEMA_VERSION, Site, StreamConfig
 from sweep.errors import SweepError
 from sweep.evaluate import Evaluation
+from sweep.locks import try_lock
 from sweep.options import Workflow
-from sweep.paths import ResultsFolder, try_lock
+from sweep.paths import ResultsFolder
 from sweep.progress import Report
 from sweep.results import write_run
 

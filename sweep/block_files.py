@@ -27,7 +27,8 @@ from sweep.activations import Read
 from sweep.cached import ABOUT, depends_on, site_name
 from sweep.config import Site, StreamConfig
 from sweep.language_model import Activations
-from sweep.paths import remove_leftovers, try_lock, write_atomic, write_json
+from sweep.locks import try_lock
+from sweep.paths import remove_leftovers, write_atomic, write_json
 from sweep.tokens import row_counts
 
 __all__ = ["BlockFiles", "activations_key"]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from sweep.cached import site_folders
-from sweep.paths import CacheFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder
 from sweep.revisions import read_object
 
 __all__ = ["KINDS", "Entry", "clear", "entries", "in_use", "is_used"]

@@ -80,7 +80,7 @@ class Capacity:
         "a linear map from source to target beside the latents, trained with them (Paulo et al. 2025)", default=False
     )
     prefix_weight: float = option(
-        "weight in the loss of each nested prefix, where the whole dictionary's is 1", unit="1", default=1.0
+        "loss weight of each smaller prefix, relative to that of the whole dictionary", unit="1", default=1.0
     )
 
     @property
@@ -127,15 +127,15 @@ class Schedule:
         "bfloat16 is for GPUs, on a CPU it takes the dense step"
     )
     rate_by_spread: bool = option(
-        "a dimension of the target that varies less than most is written with a learning rate lower by as much",
+        "scale the step of what writes a target dimension by its standard deviation over the RMS of all, at most 1",
         default=False,
     )
     centre_source: bool = option(
-        "encoder and linear map learn as if the source had a mean of zero; what is saved reads the source as it is",
+        "train encoder and linear map on the source minus its mean over the first window; saved weights read it raw",
         default=False,
     )
     refit_iterations: int = option(
-        "iterations at most that fit decoder, bias and linear map to the latents after the last step; 0: none",
+        "conjugate-gradient iterations, at most, that fit decoder, bias and linear map after the last step; 0: none",
         unit="iterations",
         default=0,
     )
@@ -253,7 +253,9 @@ class Data:
     text_column: str = option("column that holds the text (jsonl, parquet, hub)")
     seq_len: int = option("tokens of a row, BOS included", unit="tokens")
     n_tokens: int = option("training tokens in the stream; rounded up to whole blocks", unit="tokens")
-    n_calibration_tokens: int = option("tokens on which the inference threshold is fitted", unit="tokens")
+    n_calibration_tokens: int = option(
+        "tokens that fit the inference threshold, stop the refit and set its prior", unit="tokens"
+    )
     n_heldout_tokens: int = option("tokens on which every reported metric is measured", unit="tokens")
     data_seed: int = option("seed of the order of the batches", unit="1")
     activation_dtype: Literal["float32", "bfloat16"] = option("precision of activations in the stream")
@@ -364,7 +366,7 @@ def frozen(value: Any) -> Any:
 
 
 def as_json(cell: Cell) -> str:
-    """The whole cell as JSON, one flat object; `cell_from_json` reads it back."""
+    """The whole cell as JSON, an object for each slice; `cell_from_json` reads it back."""
     return json.dumps(asdict(cell), indent=2, sort_keys=True) + "\n"
 
 

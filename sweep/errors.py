@@ -28,6 +28,7 @@ __all__ = [
     "Superseded",
     "SweepError",
     "TooShort",
+    "first_line",
 ]
 
 
@@ -81,3 +82,8 @@ class Superseded(SweepError):
 
 class Interrupted(BaseException):
     """Somebody asked the job to stop. Like KeyboardInterrupt it passes every `except Exception`."""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, without the traces libraries append; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""After the last step: fit the inference threshold, then what is behind the latents. Pure functions of the weights.
+"""After the last step: fit the inference threshold, then decoder, bias and linear map. Pure functions of the weights.
 
 Batch top-k looks at a whole batch, inference at one token. The threshold that replaces it is the pooled quantile
 of the pre-latents over the calibration split at which `top_k` latents per token are active on average.

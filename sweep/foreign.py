@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sweep.errors import CheckpointError
+from sweep.errors import CheckpointError, first_line
 from sweep.transcoder import Transcoder
 
 __all__ = ["ForeignTranscoder", "options_in"]
@@ -175,14 +175,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                     raise CheckpointError(f"{path}: {entry.filename} claims more than the file holds")
     except UNREADABLE as error:
         raise CheckpointError(
-            f"{path} is not whole, or was saved by a very old torch; load it there and save it again: {line(error)}"
+            f"{path} is not whole, or was saved by a very old torch; load it there and save it again: "
+            f"{first_line(error)}"
         ) from error
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} holds more than tensors, or is damaged, and nothing in it was run; save its state dict alone: "
-            f"torch.save(model.state_dict(), ...) ({line(error)[:200]})"
+            f"torch.save(model.state_dict(), ...) ({first_line(error)[:200]})"
         ) from error
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
@@ -193,7 +194,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if math.prod(tensor.shape) * tensor.element_size() > size or tensor.layout is not torch.strided:
             raise CheckpointError(f"{path}: {name} claims the shape {tuple(tensor.shape)}, more than the file holds")
     return {str(name): tensor for name, tensor in found.items()}
-
-
-def line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -19,7 +19,8 @@ from sweep.errors import CheckpointError, Superseded, SweepError
 from sweep.evaluate import Evaluation
 from sweep.failures import kind
 from sweep.leftovers import tidy_cell
-from sweep.paths import CellFolder, ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CellFolder, ResultsFolder
 from sweep.progress import Snapshot
 from sweep.results import has_row, read_row
 from sweep.saved import read_cell

@@ -3,7 +3,7 @@
 1. Prepare: model folder, token file, blocks, stream.
 2. Start each cell: from its last checkpoint, or from the first window of its site.
 3. Train all in lockstep on one stream.
-4. Finish (threshold), evaluate all in one pass over the held-out rows, commit the rows.
+4. Finish (threshold, refit), evaluate all in one pass over the held-out rows, commit the rows.
 
 Broad excepts stand here and in `gang.py`, and nowhere else.
 """
@@ -228,7 +228,7 @@ def report_training(gang: Gang, step: int, report: Report) -> None:
 
 
 def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
-    """Fit the members' thresholds on the calibration split, and on the first batches what is behind the latents."""
+    """Fit the members' thresholds on the calibration split, and refit them on the first batches."""
     split = list(place.stream.split("calibration"))
     cells = [member.cell for member in gang.members]
     batches = [batch for _, batch in place.stream.batches(0, max(map(n_refit_batches, cells)))]

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sweep.config import Model, Site
-from sweep.errors import ModelError
-from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
+from sweep.errors import ModelError, first_line
+from sweep.model_files import ensure_model_folder, quiet_transformers
 from sweep.provenance import multiplies_bfloat16
 
 __all__ = [

@@ -6,7 +6,8 @@ cell and the end of its commit leaves a status that does not say so, and checkpo
 
 import shutil
 
-from sweep.paths import ResultsFolder, remove_leftovers, try_lock
+from sweep.locks import try_lock
+from sweep.paths import ResultsFolder, remove_leftovers
 from sweep.progress import Snapshot
 from sweep.results import TABLES, has_row, read_row
 from sweep.status import SCORES, read_status

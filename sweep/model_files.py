@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from sweep.config import Model
-from sweep.errors import ModelError
-from sweep.paths import CacheFolder, atomic_directory, locked, remove_leftovers
+from sweep.errors import ModelError, first_line
+from sweep.locks import locked
+from sweep.paths import CacheFolder, atomic_directory, remove_leftovers
 from sweep.progress import Report
 from sweep.revisions import sha256_of_file
 
-__all__ = ["ensure_model_folder", "first_line", "quiet_transformers"]
+__all__ = ["ensure_model_folder", "quiet_transformers"]
 
 TINY_REVISION = "1"
 """Raise it, here and in conf, when the tiny model's weights or tokenizer change."""
@@ -89,11 +90,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- tiny ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -12,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from sweep.errors import ResultsError
+from sweep.errors import ConfigError, ResultsError
+from sweep.locks import locked
 
 __all__ = [
     "OPTIONAL_TABLES",
@@ -23,11 +23,8 @@ __all__ = [
     "LaunchFolder",
     "ResultsFolder",
     "atomic_directory",
-    "is_held",
-    "locked",
     "remove_directory",
     "remove_leftovers",
-    "try_lock",
     "write_atomic",
     "write_json",
 ]
@@ -267,6 +264,18 @@ class CacheFolder:
     def activations(self, key: str) -> Path:
         return self.root / "activations" / key
 
+    def check(self) -> None:
+        """Make the folder, or say why it cannot be.
+
+        Raises:
+            ConfigError: it cannot be made or written to.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            check_writable(self.root)
+        except OSError as error:
+            raise ConfigError(f"cache_dir={self.root} cannot be used ({error}); choose another folder") from error
+
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part.
@@ -363,36 +372,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """Take the kernel lock of a file, or None when another process holds it. Closing the file lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def is_held(path: Path) -> bool:
-    """Whether a living process holds the kernel lock of a file; the file is left as it is, also if it is not there."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the kernel lock of a file, waiting for it; a process that dies lets go at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

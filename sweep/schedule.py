@@ -47,8 +47,9 @@ def stage_before(step: int, schedule: Schedule) -> int:
 
 
 def n_refit_batches(cell: Cell) -> int:
-    """How many of the first batches what is behind the latents is fitted to after the last step: at most an epoch of
-    them, and none that training has not seen."""
+    """How many of the first batches the refit learns from: an epoch, or SAMPLE_BYTES, and none that training has not
+    seen.
+    """
     if not cell.schedule.refit_iterations:
         return 0
     n_bytes = 4 * cell.schedule.batch_size * (cell.model.d_in + cell.model.d_out)

@@ -102,7 +102,7 @@ class TrainState:
             target_scale=scalars["target_scale"],
             threshold=scalars["threshold"],
             curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
-            rollbacks=[int(step) for step in scalars.get("rollbacks", [])],  # older checkpoints have none
+            rollbacks=[int(step) for step in scalars["rollbacks"]],
             write_rates=tensors.get("write_rates"),
             source_mean=tensors.get("source_mean"),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.config import Data
-from sweep.errors import DataError
+from sweep.errors import DataError, first_line
 from sweep.revisions import DOCSTRING_PACKAGES, docstrings_revision, sha256_of_file
 
 __all__ = ["documents"]
@@ -226,7 +226,7 @@ def hub_documents(data: Data) -> Iterator[str]:
         for row, record in enumerate(rows, 1):
             yield text_in(record, data.text_column, f"dataset={name}, row {row}")
     except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        reason = first_line(error)
         raise DataError(
             f"dataset={name} (dataset_subset={subset}, dataset_split={data.dataset_split}, dataset_revision="
             f"{data.dataset_revision}) cannot be read from the hub: {reason}. Check these names, the network, and "

@@ -23,7 +23,8 @@ from jaxtyping import Int32
 
 from sweep.config import Data, Model
 from sweep.errors import DataError, TooShort
-from sweep.paths import CacheFolder, atomic_directory, locked, remove_leftovers, write_json
+from sweep.locks import locked
+from sweep.paths import CacheFolder, atomic_directory, remove_leftovers, write_json
 from sweep.progress import Report
 from sweep.revisions import read_json, sha256_of_file
 from sweep.text import documents

@@ -134,6 +134,7 @@ class Transcoder:
     """Adds a linear map of the source to the prediction; ours have one with `skip`."""
 
     def encode(self, source: Float[Tensor, "n d_in"]) -> Float[Tensor, "n dict_size"]:
+        """The latents, mostly zeros, of what `hook_in` holds, as the language model has it."""
         pre = torch.addmm(self.b_enc, source, self.W_enc)
         if self.threshold is None:
             return select_top_k(pre, self.top_k)

@@ -10,7 +10,8 @@ from gangs import gang_cells, make_workflow, run_cells, same_bytes
 from sweep import gang
 from sweep.attempt import Attempt, began_in, slurm_job, whereabouts
 from sweep.errors import Superseded
-from sweep.paths import CacheFolder, CellFolder, ResultsFolder, atomic_directory, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder, CellFolder, ResultsFolder, atomic_directory
 from sweep.status import read_status
 
 

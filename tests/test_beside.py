@@ -22,8 +22,9 @@ from sweep.launch.launch import launch
 from sweep.launch.machine import LocalOptions
 from sweep.launch.outcome import DONE, NOT_DONE
 from sweep.launch.plan import Plan, make_plan
+from sweep.locks import try_lock
 from sweep.options import Workflow, cell_from_options
-from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
 from sweep.results import TABLES
 from sweep.status import read_status

@@ -18,7 +18,8 @@ from sweep.activations import Demand
 from sweep.block_files import BlockFiles, activations_key
 from sweep.blocks import CachedBlocks, HarvestedBlocks, with_cache
 from sweep.language_model import LanguageModel, load_language_model
-from sweep.paths import CacheFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder
 from sweep.progress import Report, silent
 from sweep.tokens import TokenFile
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sweep.launch.claims import Claim, Others, claimed, living_claims
-from sweep.paths import LaunchFolder, ResultsFolder, locked
+from sweep.locks import locked
+from sweep.paths import LaunchFolder, ResultsFolder
 from sweep.status import State, Status
 
 

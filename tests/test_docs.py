@@ -3,13 +3,17 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gangs import make_workflow, run_cells
+from make import make_cell
 from test_cli import GRID
 from test_layers import OURS
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
+from sweep.paths import CacheFolder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +33,18 @@ def test_readme_names_every_preset() -> None:
     text = (ROOT / "README.md").read_text()
     for path in (ROOT / "conf").glob("*/*.yaml"):
         assert f"`{path.stem}`" in text, f"{path.parent.name}={path.stem}"
+
+
+def test_the_python_of_the_readme_runs(cache: CacheFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    cell = make_cell(steps=3, skip=True)
+    run_cells([cell], make_workflow(tmp_path / "results", cache))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("<cell>", cell.cell_id), names)
+    assert names["cell"] == cell
+    assert names["latents"].shape == (len(names["tokens"]) - 1, cell.capacity.dict_size)
+    assert names["error"].shape == names["target"].shape
 
 
 def test_structure_names_every_module() -> None:

@@ -13,7 +13,8 @@ from sweep.config import as_json
 from sweep.errors import Interrupted
 from sweep.job import run_gang
 from sweep.launch.rounds import freeze
-from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
 from sweep.results import read_row
 from sweep.status import read_status

@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
-    {"sweep", "sweep.errors", "sweep.progress", "sweep.pulse", "sweep.recovered", "sweep.secrets", "sweep.slices"},
+    {
+        "sweep",
+        "sweep.checkout",
+        "sweep.errors",
+        "sweep.locks",
+        "sweep.progress",
+        "sweep.pulse",
+        "sweep.recovered",
+        "sweep.secrets",
+        "sweep.slices",
+    },
     {"sweep.revisions", "sweep.failures"},
     {"sweep.config", "sweep.paths"},
     {"sweep.attempt"},
@@ -90,7 +100,8 @@ TORCH_FREE = {
     if (module.startswith(("sweep.launch", "sweep.baselines")) and module != "sweep.baselines.gemma_scope")
     or module
     in {
-        "sweep", "sweep_runner", "sweep.errors", "sweep.progress", "sweep.revisions", "sweep.config", "sweep.paths",
+        "sweep", "sweep_runner", "sweep.checkout", "sweep.errors", "sweep.locks", "sweep.progress", "sweep.revisions",
+        "sweep.config", "sweep.paths",
         "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.cache", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
         "sweep.recovered", "sweep.secrets", "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
@@ -99,7 +110,7 @@ TORCH_FREE = {
 HEAVY = {"torch", "transformer_lens", "transformers", "datasets", "safetensors.torch"}
 
 ANALYSIS_MAY_USE = {"sweep.results", "sweep.config", "sweep.options", "sweep.paths", "sweep.errors", "sweep.baselines",
-                    "sweep.baselines.published", "sweep.recovered"}  # fmt: skip
+                    "sweep.baselines.published", "sweep.checkout", "sweep.recovered"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -8,7 +8,8 @@ from gangs import gang_cells, make_workflow, run_cells
 from make import make_cell, write_cell
 
 from sweep.leftovers import settle
-from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import has_row
 from sweep.status import read_status
 

@@ -17,7 +17,8 @@ from gangs import same_bytes
 from test_cli import ROOT, run
 
 from sweep.config import cell_from_json
-from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import read_row
 from sweep.status import Status, read_status
 

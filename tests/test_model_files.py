@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 
 from sweep import model_files
 from sweep.config import Model
-from sweep.errors import ModelError
-from sweep.model_files import ensure_model_folder, first_line, quiet_transformers
-from sweep.paths import CacheFolder, try_lock
+from sweep.errors import ModelError, first_line
+from sweep.locks import try_lock
+from sweep.model_files import ensure_model_folder, quiet_transformers
+from sweep.paths import CacheFolder
 from sweep.progress import silent
 
 ROOT = Path(__file__).parents[1]

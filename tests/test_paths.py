@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from sweep.errors import ResultsError
-from sweep.paths import (
-    CellFolder,
-    ResultsFolder,
-    atomic_directory,
-    locked,
-    remove_leftovers,
-    try_lock,
-    write_atomic,
-    write_json,
-)
+from sweep.locks import locked, try_lock
+from sweep.paths import CellFolder, ResultsFolder, atomic_directory, remove_leftovers, write_atomic, write_json
 
 
 def names(folder: Path) -> list[str]:

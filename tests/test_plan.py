@@ -11,7 +11,8 @@ from sweep.config import Cell
 from sweep.errors import ConfigError, Interrupted
 from sweep.launch.plan import Plan, make_plan, resolve
 from sweep.launch.rounds import freeze
-from sweep.paths import CacheFolder, ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
 from sweep.status import Status
 

@@ -1,7 +1,7 @@
 """Published baselines: the file is read whole, and only what is defined as ours is compared."""
 
 import csv
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import fields
 from importlib.resources import files
 
 import pytest
@@ -25,13 +25,6 @@ def test_published_parses_numbers_and_flags():
     assert all(line.source and line.value > 0 for line in published())
 
 
-def test_published_is_a_copy_the_caller_may_change():
-    published().clear()
-    assert published()
-    with pytest.raises(FrozenInstanceError):
-        published()[0].value = 0.0  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("hook_out", ["mlp_out", "blocks.18.hook_mlp_out"])
 def test_published_for_finds_comparable_fvus_of_the_same_target(hook_out: str):
     found = published_for("gemma-2-2b", 18, hook_out)
@@ -52,9 +45,3 @@ def test_published_for_finds_comparable_fvus_of_the_same_target(hook_out: str):
 )
 def test_published_for_other_places_is_empty(model: str, layer: int, hook_out: str):
     assert published_for(model, layer, hook_out) == []
-
-
-def test_published_for_a_source_takes_either_form_of_its_name():
-    assert len(published_for("gemma-2-2b", 18, "mlp_out", "norm_unit")) == 2
-    assert len(published_for("gemma-2-2b", 18, "mlp_out", "blocks.18.ln2.hook_normalized")) == 2
-    assert published_for("gemma-2-2b", 18, "mlp_out", "norm_out") == []

@@ -1,4 +1,4 @@
-"""What is behind the latents in closed form, against references that hold every latent of every token."""
+"""Decoder, bias and linear map in closed form, against references that hold every latent of every token."""
 
 from collections.abc import Iterator
 from dataclasses import replace

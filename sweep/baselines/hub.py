@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sweep.baselines.family import CONFIG, PARAMS, Entry, choose, entry_of, l0_of, read_config, scan
-from sweep.errors import BaselineError
+from sweep.errors import BaselineError, first_line
 from sweep.progress import Report
 
 __all__ = ["REPOSITORIES", "Repository", "download"]
@@ -104,11 +104,11 @@ def _list(repository: Repository, revision: str | None) -> tuple[str, Sequence[s
         if error.response.status_code in BUSY:
             return revision or "main", []
         raise BaselineError(
-            f"{repository.name} at {revision or 'its newest commit'}: the hub refuses ({_first_line(error)}); "
+            f"{repository.name} at {revision or 'its newest commit'}: the hub refuses ({first_line(error)}); "
             "set baselines_revision= to a commit that exists, or baselines_dir= to a local folder"
         ) from error
     except Exception as error:  # the hub's HTTP library, and so its errors, differ between its versions
-        raise _UnreachableError(_first_line(error)) from error
+        raise _UnreachableError(first_line(error)) from error
     names = [Path(sibling.rfilename) for sibling in info.siblings or ()]
     folders = [name.parent.as_posix() for name in names if name.name in PARAMS]
     return str(info.sha), [name for name in folders if name.startswith(("layer_", "transcoder/", "transcoder_all/"))]
@@ -166,7 +166,7 @@ class _Fetch:
             )
         except Exception as error:
             raise BaselineError(
-                f"{self.repository} at {self.revision}: {name} cannot be downloaded ({_first_line(error)}); "
+                f"{self.repository} at {self.revision}: {name} cannot be downloaded ({first_line(error)}); "
                 "give the command again, or set baselines_dir= to a folder in Google's layout"
             ) from error
         return Path(path)
@@ -177,7 +177,3 @@ def _with_l0(entry: Entry, fetch: _Fetch, l0: str) -> Entry:
     if entry.l0 is not None or l0 == "all":
         return entry
     return entry_of(entry.folder, l0_of(read_config(fetch(f"{entry.name}/{CONFIG}").parent)))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

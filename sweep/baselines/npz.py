@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sweep.errors import BaselineError
+from sweep.errors import BaselineError, first_line
 
 __all__ = ["npz_shapes", "read_npz", "why_not_whole"]
 
@@ -135,5 +135,4 @@ def why_not_whole(path: Path, error: BaseException) -> str:
         return f"{path} cannot be read ({problem.strerror or problem})"
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a pointer of Git LFS, not the weights; run git lfs pull there, or download the file"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{path} ({size:,} bytes) is not whole ({reason}); the download was cut short: download it again"
+    return f"{path} ({size:,} bytes) is not whole ({first_line(error)}); the download was cut short: download it again"

@@ -36,13 +36,9 @@ class Published:
         return f"blocks.{self.layer}.{self.hook_in}", f"blocks.{self.layer}.{self.hook_out}"
 
 
-def published() -> list[Published]:
-    """Every published number, in the order of the file."""
-    return list(_published())
-
-
 @lru_cache(maxsize=1)
-def _published() -> tuple[Published, ...]:
+def published() -> tuple[Published, ...]:
+    """Every published number, in the order of the file."""
     text = files("sweep.baselines").joinpath("published.csv").read_text(encoding="utf-8")
     return tuple(_parse(line) for line in csv.DictReader(text.splitlines(keepends=True), strict=True))
 
@@ -59,23 +55,20 @@ def full_hook_name(hook: str, layer: int) -> str:
     return HOOKS.get(hook, hook).replace("{layer}", str(layer))
 
 
-def published_for(model: str, layer: int, hook_out: str, hook_in: str | None = None) -> list[Published]:
-    """Published FVUs defined as ours that predict the same target, best first.
+def published_for(model: str, layer: int, hook_out: str) -> list[Published]:
+    """Published FVUs defined as ours that predict the same target, best first; each transcoder reads its own source.
 
     Args:
         model: name of the language model.
         layer: its layer.
         hook_out: the target, by meaning (`mlp_out`) or by full TransformerLens name.
-        hook_in: the source, in either form; None takes every source, since each transcoder reads its own.
     """
     target = full_hook_name(hook_out, layer)
-    source = None if hook_in is None else full_hook_name(hook_in, layer)
     found = [
         line
-        for line in _published()
+        for line in published()
         if line.metric == "fvu"
         and line.comparable
         and (line.model, line.layer, line.hook_names[1]) == (model, layer, target)
-        and source in (None, line.hook_names[0])
     ]
     return sorted(found, key=lambda line: line.value)

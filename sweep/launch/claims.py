@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sweep.attempt import whereabouts
-from sweep.paths import LaunchFolder, ResultsFolder, is_held, write_json
+from sweep.locks import is_held
+from sweep.paths import LaunchFolder, ResultsFolder, write_json
 from sweep.revisions import read_object
 from sweep.status import FAILED, Status, read_status
 

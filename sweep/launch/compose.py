@@ -12,9 +12,9 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweep.checkout import CONF
 from sweep.config import Cell
 from sweep.errors import ConfigError
-from sweep.launch.help import CONF
 from sweep.launch.plan import Composed, resolve
 from sweep.launch.refused import in_our_words
 from sweep.launch.register import register

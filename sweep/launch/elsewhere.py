@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from sweep.checkout import CONF
 from sweep.errors import CheckpointError, ConfigError
 from sweep.launch.compose import cells_of
-from sweep.launch.help import CONF
 from sweep.saved import Saved, check_layer, config_in, open_saved
 
 if TYPE_CHECKING:

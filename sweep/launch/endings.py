@@ -16,7 +16,8 @@ from pathlib import Path
 from sweep.config import Cell
 from sweep.failures import Failure
 from sweep.launch.jobs import Job
-from sweep.paths import ResultsFolder, try_lock
+from sweep.locks import try_lock
+from sweep.paths import ResultsFolder
 from sweep.pulse import at_work_on, stacks_of
 from sweep.status import FAILED, State, read_status
 

@@ -12,7 +12,8 @@ from sweep.launch.plan import Planned, look_up
 from sweep.launch.slurm import SlurmJobs
 from sweep.launch.squeue import SlurmSilent, scancel
 from sweep.launch.watch import Together, Watcher, follow_to_the_end, watching
-from sweep.paths import CellFolder, ResultsFolder, is_held
+from sweep.locks import is_held
+from sweep.paths import CellFolder, ResultsFolder
 from sweep.saved import read_cell
 from sweep.status import FAILED
 

@@ -1,18 +1,17 @@
 """The text of `--help`: every option by group, with its meaning and its value, made from the config itself."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sweep.checkout import CONF
 from sweep.config import Cell
 from sweep.options import ABSOLUTE, Relative, option_fields
 
 __all__ = ["help_text"]
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "data", "capacity", "schedule", "revival", "experiment")
 WIDTH = 110
 

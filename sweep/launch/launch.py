@@ -19,7 +19,7 @@ from sweep.launch.rounds import Venue, run_rounds
 from sweep.launch.slurm import sbatch_script
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.options import Workflow
-from sweep.paths import CacheFolder, ResultsFolder, check_writable
+from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
 
 __all__ = ["launch"]
@@ -44,9 +44,9 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
         jobs = shown_jobs(plan, venue)
         if workflow.dry_run:
             return DONE
-        cache = Path(workflow.cache_dir)
-        if results.root not in cache.parents:
-            check_cache(cache)
+        cache = CacheFolder(Path(workflow.cache_dir))
+        if results.root not in cache.root.parents:
+            cache.check()
         results.create()
         return run_rounds(plan, jobs, venue, lambda later: shown_jobs(later, venue))
     except SweepError as error:
@@ -123,16 +123,3 @@ def room_for(workflow: Workflow, options: LocalOptions | SlurmOptions) -> list[S
             "wait=false needs jobs that outlive their launcher; choose hydra/launcher=slurm, or wait=true"
         )
     return find_slots(workflow.device, options)
-
-
-def check_cache(folder: Path) -> None:
-    """Make the cache folder, or say why it cannot be.
-
-    Raises:
-        ConfigError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder)
-    except OSError as error:
-        raise ConfigError(f"cache_dir={folder} cannot be used ({error}); choose another folder") from error

@@ -18,21 +18,22 @@ from pathlib import Path
 
 import psutil
 
+from sweep.checkout import ROOT
 from sweep.config import Cell
 from sweep.errors import Interrupted
 from sweep.launch import payload
 from sweep.launch.endings import divided, ending_of, halves, part, record
 from sweep.launch.jobs import Job
 from sweep.launch.machine import Slot
+from sweep.locks import is_held
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, is_held
+from sweep.paths import LaunchFolder, ResultsFolder
 from sweep.results import has_row
 from sweep.status import Status, read_status
 
 __all__ = ["Queue", "Running", "run_local"]
 
 POLL_SECONDS = 0.2
-ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = "was killed: its process ended without a word; give the command again to go on"
 

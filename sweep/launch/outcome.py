@@ -10,7 +10,8 @@ from sweep.launch import console
 from sweep.launch.console import Failure
 from sweep.launch.local import KILLED
 from sweep.launch.plan import Planned
-from sweep.paths import ResultsFolder, is_held
+from sweep.locks import is_held
+from sweep.paths import ResultsFolder
 from sweep.results import read_row
 from sweep.status import FAILED, read_status
 

@@ -18,8 +18,9 @@ from types import FrameType
 from sweep.errors import Interrupted
 from sweep.launch.machine import Slot, usable_cores
 from sweep.launch.squeue import SlurmSilent, slurm
+from sweep.locks import is_held
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, is_held, write_atomic, write_json
+from sweep.paths import LaunchFolder, ResultsFolder, write_atomic, write_json
 from sweep.pulse import Pulse
 from sweep.status import read_status
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from sweep.config import Cell, StreamConfig
 from sweep.errors import ConfigError
 from sweep.failures import words
+from sweep.locks import is_held
 from sweep.options import Workflow, cell_from_options, not_an_option, option_fields, workflow_from_options
-from sweep.paths import ResultsFolder, is_held
+from sweep.paths import ResultsFolder
 from sweep.results import has_row, read_row
 from sweep.status import FAILED, Status, read_status
 

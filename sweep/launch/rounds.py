@@ -37,7 +37,8 @@ from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import SlurmSilent
 from sweep.launch.watch import Jobs, Together, follow_to_the_end, watching
 from sweep.leftovers import reopen, settle
-from sweep.paths import LaunchFolder, ResultsFolder, locked, remove_leftovers, try_lock, write_atomic, write_json
+from sweep.locks import locked, try_lock
+from sweep.paths import LaunchFolder, ResultsFolder, remove_leftovers, write_atomic, write_json
 from sweep.provenance import git_state
 from sweep.secrets import without_secrets
 from sweep.status import read_status

@@ -30,8 +30,9 @@ from sweep.launch.endings import Ending, record
 from sweep.launch.jobs import Job
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.launch.squeue import Seen, SlurmSilent, ask, slurm
+from sweep.locks import is_held, locked
 from sweep.options import Workflow
-from sweep.paths import LaunchFolder, ResultsFolder, is_held, locked, write_json
+from sweep.paths import LaunchFolder, ResultsFolder, write_json
 from sweep.pulse import stacks_of
 from sweep.revisions import read_object
 from sweep.status import FAILED, Status, read_status

@@ -4,15 +4,14 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from sweep.checkout import ROOT
 from sweep.errors import ConfigError
 from sweep.launch.machine import Slot
 
 __all__ = ["SlurmOptions"]
 
-ROOT = Path(__file__).resolve().parents[2]
 
 IGNORE_EARLY_SIGNALS = 'bash -c \'trap "" USR2 TERM; exec "$@"\' sweep'
 """Until our handlers stand, a signal would end the job for good. An ignored one costs nothing: Slurm kills a cancelled
