@@ -21,14 +21,14 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sweep.blocks import HarvestedBlocks
+from sweep.chunks import consecutive, pieces
 from sweep.config import Site
 from sweep.language_model import Forward, LanguageModel
 from sweep.metrics import Metrics
 from sweep.progress import Report, silent
 from sweep.recovered import SUMS, causal_metrics
-from sweep.slices import consecutive, pieces
 
-__all__ = ["Attempt", "CausalRows", "Effect", "causal_effects", "simply"]
+__all__ = ["CausalRows", "Effect", "Guard", "causal_effects", "simply"]
 
 TOKENS_AT_ONCE = 1024
 """In a pass, where one row is not longer: a product with a vocabulary's weights is then worth reading them."""
@@ -41,7 +41,7 @@ Key = str | tuple[str, str]
 
 Predict = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]]
 
-Attempt = Callable[[str, Callable[[], None]], bool]
+Guard = Callable[[str, Callable[[], None]], bool]
 """Does what concerns the transcoder of a name alone, and tells whether it went well."""
 
 
@@ -98,11 +98,11 @@ def causal_effects(
     means: Mapping[Site, Float[Tensor, " d_out"]],
     on: CausalRows,
     report: Report = silent,
-    attempt: Attempt = simply,
+    guard: Guard = simply,
 ) -> dict[str, Effect]:
     """Run the language model with each prediction in its activation's place.
 
-    `attempt` does what concerns one transcoder alone; where it returns False, that one is left out from then on.
+    `guard` does what concerns one transcoder alone; where it returns False, that one is left out from then on.
 
     What one transcoder scores does not depend on which others are there. Rows without a token that counts have no
     effect: the result is empty.
@@ -134,7 +134,7 @@ def causal_effects(
             for kind, value in (("zero", torch.zeros_like(mean)), ("mean", mean)):
                 passes[hook, kind] = Pass(on.model.rerun(forward, hook, value.unsqueeze(0)), forward.rows)
         for name in list(sums):
-            if not attempt(name, partial(splice, name, forward, passes)):
+            if not guard(name, partial(splice, name, forward, passes)):
                 del sums[name]
         clean = Pass(forward.leaving, forward.rows)
         for words in pieces(on.model.vocabulary, 4 * len(clean.leaving), LOGIT_BYTES):

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sweep.causal import Attempt, CausalRows, Effect, causal_effects, simply
+from sweep.causal import CausalRows, Effect, Guard, causal_effects, simply
+from sweep.chunks import pieces
 from sweep.config import Site
 from sweep.contexts import TopContexts
 from sweep.errors import DataError
@@ -33,7 +34,6 @@ from sweep.metrics import (
 from sweep.progress import Report, silent
 from sweep.results import CAUSAL_COLUMNS, CAUSAL_METRICS
 from sweep.similarity import DecoderSimilarity, decoder_similarity
-from sweep.slices import pieces
 
 __all__ = ["Evaluation", "Predictor", "evaluate"]
 
@@ -80,12 +80,12 @@ def evaluate(
     report: Report = silent,
     n_blocks: int = 0,
     n_contexts: int = 0,
-    attempt: Attempt = simply,
+    guard: Guard = simply,
     causal: CausalRows | None = None,
 ) -> dict[str, Evaluation]:
     """Score every predictor on the held-out blocks, in one pass.
 
-    `attempt` does what concerns one predictor alone; where it returns False, that one is left out from then on.
+    `guard` does what concerns one predictor alone; where it returns False, that one is left out from then on.
 
     `heldout` yields blocks of whole sequences of `seq_tokens` tokens each, BOS dropped; `n_blocks` is how many will
     come, for the report. Of each latent the `n_contexts` contexts that excite it most are kept. `causal` holds the
@@ -102,7 +102,7 @@ def evaluate(
         for site, moment in moments.items():
             moment.update(block[site].target)
         for name, score in list(scores.items()):
-            if not attempt(name, partial(score.update, block[score.site])):
+            if not guard(name, partial(score.update, block[score.site])):
                 del scores[name]
         report("evaluate", n_done, n_blocks, "blocks")
     if not n_done:
@@ -112,14 +112,14 @@ def evaluate(
     if causal is not None:
         means = {site: each.mean for site, each in deviations.items()}
         predict = {name: (score.site, score.predict) for name, score in scores.items()}
-        effects = causal_effects(predict, means, causal, report, attempt)
+        effects = causal_effects(predict, means, causal, report, guard)
     evaluations: dict[str, Evaluation] = {}
 
     def conclude(name: str, score: Score) -> None:
         evaluations[name] = score.evaluation(deviations[score.site], seq_tokens, effects.get(name))
 
     for name, score in scores.items():
-        attempt(name, partial(conclude, name, score))
+        guard(name, partial(conclude, name, score))
         report("compare decoder rows", len(evaluations), len(scores), "cells")
     return evaluations
 

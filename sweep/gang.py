@@ -104,7 +104,7 @@ class Gang:
         """Steps of the longest member."""
         return max((member.cell.schedule.steps for member in self.members), default=0)
 
-    def attempt(self, member: Member, action: Callable[[], None]) -> bool:
+    def guard(self, member: Member, action: Callable[[], None]) -> bool:
         """Run the action; on any error record class, message and traceback, and let the member go."""
         if member not in self.members:
             return False
@@ -119,14 +119,14 @@ class Gang:
         return True
 
     def beat(self, progress: Snapshot) -> None:
-        self.attempt_all(lambda member: member.beat(progress))
+        self.guard_all(lambda member: member.beat(progress))
         for member in self.finished:
             with contextlib.suppress(Superseded):
                 member.beat(progress)
 
-    def attempt_all(self, action: Callable[[Member], None]) -> None:
+    def guard_all(self, action: Callable[[Member], None]) -> None:
         for member in list(self.members):
-            self.attempt(member, lambda member=member: action(member))  # type: ignore[misc]
+            self.guard(member, lambda member=member: action(member))  # type: ignore[misc]
 
     def fail(self, member: Member, error: Exception) -> None:
         """Let the member go, with the error in its status, unless the status is another's by now."""

@@ -78,7 +78,7 @@ def run_gang(
         try:
             work(gang, results, workflow, tick, stack)
         except Interrupted:  # raised between steps, so every state is whole
-            gang.attempt_all(interrupt)
+            gang.guard_all(interrupt)
             raise
         except Exception as error:
             gang.fail_all(error)
@@ -101,7 +101,7 @@ def work(gang: Gang, results: ResultsFolder, workflow: Workflow, report: Report,
     sites = [member.cell.site for member in (*gang.members, *gang.finished)]
     beside = baselines_beside(sites, workflow, place, results, report, stack)
     evaluations = evaluate_all(gang, beside, place, workflow, report)
-    gang.attempt_all(lambda member: commit(member, results, place, workflow))
+    gang.guard_all(lambda member: commit(member, results, place, workflow))
     for one in beside:
         if one.row_id in evaluations:
             commit_baseline(one, evaluations[one.row_id], results, place)
@@ -112,12 +112,12 @@ def train_and_calibrate(
 ) -> None:
     """Bring every member from where it stands to its transcoder, or to the row of a cell that diverged."""
     clock = SaveClock(workflow.checkpoint_minutes)
-    gang.attempt_all(lambda member: start(member, place, workflow, clock))
+    gang.guard_all(lambda member: start(member, place, workflow, clock))
     runs = {id(member.run): member for member in gang.members}
 
-    def attempt(run: Run, action: Callable[[], None]) -> bool:
+    def guard(run: Run, action: Callable[[], None]) -> bool:
         member = runs[id(run)]
-        if gang.attempt(member, action):
+        if gang.guard(member, action):
             return True
         if member.status.state == "diverged":
             leave_row(member, results, place, workflow)
@@ -126,7 +126,7 @@ def train_and_calibrate(
     train(
         [member.run for member in gang.members if member.run],
         place.stream,
-        attempt=attempt,
+        guard=guard,
         after_step=lambda step: report_training(gang, step, report),
         save_due=clock.due,
     )
@@ -169,7 +169,7 @@ def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.Ex
         harvested.n_expected = blocks.n_missing(demand, gang.sites)
     if harvested.n_expected:
         model = harvested.language_model()
-        gang.attempt_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
+        gang.guard_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
     stream = ActivationStream(config, blocks, gang.sites)
     return Workplace(stream, harvested, tokens, tokenizer, model_hash, device, started, len(gang.members))
 
@@ -247,7 +247,7 @@ def calibrate(gang: Gang, place: Workplace, report: Report) -> None:
         member.transcoder = finish(member.run.state, cell, calibration, sample, tick)
         report("fit thresholds", at + 1, len(cells), "cells")
 
-    gang.attempt_all(fit)
+    gang.guard_all(fit)
 
 
 def evaluate_all(
@@ -264,9 +264,9 @@ def evaluate_all(
     seq_tokens = place.stream.config.data.seq_len - 1
     n_blocks = place.stream.blocks.count("heldout")
 
-    def attempt(name: str, action: Callable[[], None]) -> bool:
+    def guard(name: str, action: Callable[[], None]) -> bool:
         if name in members:
-            return gang.attempt(members[name], action)
+            return gang.guard(members[name], action)
         try:
             action()
         except Exception as error:
@@ -275,7 +275,7 @@ def evaluate_all(
         return True
 
     causal = CausalRows.first(workflow.n_causal_rows, place.harvested)
-    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, attempt, causal)
+    evaluations = evaluate(predictors, heldout, seq_tokens, report, n_blocks, workflow.n_contexts, guard, causal)
     for member in gang.members:
         member.evaluation = evaluations[member.cell.cell_id]
     return evaluations

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sweep.chunks import pieces
 from sweep.results import DEAD_AT_TOKENS
-from sweep.slices import pieces
 
 __all__ = [
     "Deviations",

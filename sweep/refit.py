@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.language_model import Activations
-from sweep.slices import consecutive
 from sweep.step.active import encode, encode_above
 from sweep.step.entries import Active, counted, sorting, weighted_sums
 from sweep.step.sparse import add_earlier_, add_later_, rows_of

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sweep import slices
+from sweep import chunks
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
+from sweep.chunks import consecutive, pieces
 from sweep.metrics import Metrics, ratio
-from sweep.slices import consecutive, pieces
 
 __all__ = ["SIMILAR", "DecoderSimilarity", "decoder_similarity"]
 
@@ -124,7 +124,7 @@ def decoder_similarity(W_dec: Float[Tensor, "dict_size d_out"]) -> DecoderSimila
     if n == 1:
         return DecoderSimilarity(0, has_twin.cpu(), None, None)
     unit = UnitRows(W_dec)
-    width = max(math.isqrt(slices.MAX_BYTES // 4) // RANGES_OF_A_TILE, 1)
+    width = max(math.isqrt(chunks.MAX_BYTES // 4) // RANGES_OF_A_TILE, 1)
     at_least, at_most = unit.bounds(largest_in_ranges(unit, n, width))
     needed = torch.minimum(at_least.amax(dim=1), at_least.new_tensor(SIMILAR))
     best = torch.full((n,), NO_COSINE, device=device)

@@ -29,7 +29,7 @@ from sweep.state import TrainState
 from sweep.status import SCORES
 from sweep.step.step import StepReport, train_step_
 
-__all__ = ["Attempt", "Run", "SaveClock", "train"]
+__all__ = ["Guard", "Run", "SaveClock", "train"]
 
 N_CURVE_POINTS = 200
 """Points on a training curve, whatever its length."""
@@ -42,7 +42,7 @@ twice as much."""
 
 log = logging.getLogger(__name__)
 
-Attempt = Callable[["Run", Callable[[], None]], bool]
+Guard = Callable[["Run", Callable[[], None]], bool]
 """Calls the function for a run and tells whether it went well; a failure costs the run its place in the gang."""
 
 
@@ -192,7 +192,7 @@ def logs(step: int, schedule: Schedule) -> bool:
 def train(
     runs: Iterable[Run],
     stream: ActivationStream,
-    attempt: Attempt,
+    guard: Guard,
     after_step: Callable[[int], None],
     save_due: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -208,10 +208,10 @@ def train(
         for step, batch in stream.batches(start, until):
             for run in list(gang):
                 due = run.state.step == step and not run.finished
-                if due and not attempt(run, partial(run.advance, batch[run.cell.site])):
+                if due and not guard(run, partial(run.advance, batch[run.cell.site])):
                     gang.remove(run)
             after_step(step + 1)
             if save_due():
-                gang = [run for run in gang if attempt(run, run.checkpoint)]
+                gang = [run for run in gang if guard(run, run.checkpoint)]
             if not gang or any(run.state.step <= step for run in gang):
                 break  # one went back: from there again

@@ -10,7 +10,7 @@ import torch
 from make import make_site
 from test_metrics import assert_close
 
-from sweep import slices
+from sweep import chunks
 from sweep.config import Site
 from sweep.errors import DataError
 from sweep.evaluate import Evaluation, Predictor, evaluate
@@ -185,7 +185,7 @@ def test_latents_have_the_norms_of_their_weights() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = random_predictor(5, 5)
     whole = evaluate_one(predictor, blocks())
-    monkeypatch.setattr(slices, "MAX_BYTES", 4 * 16 * 7)  # 7 tokens of latents: chunks that straddle sequences
+    monkeypatch.setattr(chunks, "MAX_BYTES", 4 * 16 * 7)  # 7 tokens of latents: chunks that straddle sequences
     parts = evaluate_one(predictor, blocks())
     assert_close(parts.metrics, whole.metrics, rel=1e-12)
     for row, expected in zip(parts.sequences, whole.sequences, strict=True):

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
         "sweep.pulse",
         "sweep.recovered",
         "sweep.secrets",
-        "sweep.slices",
+        "sweep.chunks",
     },
     {"sweep.revisions", "sweep.failures"},
     {"sweep.config", "sweep.paths"},

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sweep import slices
+from sweep import chunks
 from sweep.metrics import (
     LatentActivity,
     Metrics,
@@ -99,7 +99,7 @@ def test_reconstruction_does_not_depend_on_the_batches(rows_per_batch: list[int]
 def test_reconstruction_survives_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     target = hard_targets()
     expected = numbers(target, noisy(target), [12])
-    monkeypatch.setattr(slices, "MAX_BYTES", 1)
+    monkeypatch.setattr(chunks, "MAX_BYTES", 1)
     assert numbers(target, noisy(target), [12]) == pytest.approx(expected, rel=1e-12)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sweep import slices
+from sweep import chunks
 from sweep.bfloat16 import has_fast_bfloat16
 from sweep.config import Capacity
 from sweep.step import active, screen
@@ -48,7 +48,7 @@ made = given(
 @pytest.fixture(autouse=True)
 def few_tokens_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once: five where six latents are dead, one where nearly all are."""
-    monkeypatch.setattr(slices, "MAX_BYTES", 5 * 6 * 4)
+    monkeypatch.setattr(chunks, "MAX_BYTES", 5 * 6 * 4)
 
 
 def everything(bounds: Screen) -> Active:

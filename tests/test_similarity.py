@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sweep import similarity, slices
+from sweep import chunks, similarity
 from sweep.similarity import SIMILAR, decoder_similarity
 
 
@@ -60,7 +60,7 @@ def near_the_line(n_pairs: int, d: int, seed: int) -> torch.Tensor:
 def test_similar_pairs_are_counted_exactly_near_the_line(
     monkeypatch: pytest.MonkeyPatch, max_bytes: int, d: int, seed: int
 ) -> None:
-    monkeypatch.setattr(slices, "MAX_BYTES", max_bytes)
+    monkeypatch.setattr(chunks, "MAX_BYTES", max_bytes)
     assert_similarity_is_exact(near_the_line(60, d, seed))
 
 
@@ -77,7 +77,7 @@ def test_similarity_equals_brute_force(n: int, d: int, seed: int, max_bytes: int
     W_dec = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     W_dec[n // 2] = W_dec[0] * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "MAX_BYTES", max_bytes)
+        patch.setattr(chunks, "MAX_BYTES", max_bytes)
         assert_similarity_is_exact(W_dec)
 
 

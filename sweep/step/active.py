@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from sweep.chunks import consecutive
 from sweep.config import Capacity
-from sweep.slices import consecutive
 from sweep.step import screen
 from sweep.step.entries import Active, entries, kth_largest, no_less, places, sorting
 from sweep.step.revive import Revived, among_dead

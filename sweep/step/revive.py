@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sweep.slices import pieces
+from sweep.chunks import pieces
 from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, weighted_sums
 from sweep.step.loss import mean_squares
 from sweep.transcoder import Parameters

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
 from sweep.bfloat16 import UNIT, has_fast_bfloat16
-from sweep.slices import consecutive
+from sweep.chunks import consecutive
 from sweep.step.entries import Active, counted, entries, products, sorting
 from sweep.transcoder import Parameters
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from sweep.chunks import consecutive
 from sweep.config import Capacity, Revival
-from sweep.slices import consecutive
 from sweep.state import TrainState
 from sweep.step.active import encode
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
