@@ -170,6 +170,8 @@ def query_command(
         if not any(part.n_files for part in loaded):
             remark(nothing_yet(folder, load_table(folder, "runs")))
         if parquet:
+            if parquet.resolve().is_relative_to(folder.resolve()):
+                raise typer.BadParameter(f"--parquet {parquet} lies in the results folder; write it elsewhere")
             write_parquet(frame, parquet)
         elif json:
             show.write(show.as_json(frame.iter_rows(named=True)))

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+from sweep import stdout
 
 __all__ = ["as_csv", "as_json", "as_markdown", "as_table", "as_text", "plain", "readable", "write"]
 
@@ -28,7 +29,7 @@ def write(chunks: Iterable[str]) -> None:
             sys.stdout.write(chunk)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stdout.silence()
         raise SystemExit(0) from None
 
 

@@ -33,7 +33,7 @@ __all__ = ["CausalRows", "Effect", "Guard", "causal_effects", "simply"]
 TOKENS_AT_ONCE = 1024
 """In a pass, where one row is not longer: a product with a vocabulary's weights is then worth reading them."""
 
-LOGIT_BYTES = 8 << 20
+LOGIT_BYTES = 4 << 20
 """Size of the logits compared at once, those of some words for all tokens of a pass."""
 
 Key = str | tuple[str, str]
@@ -152,54 +152,48 @@ def causal_effects(
 
 
 class Pass:
-    """The tokens that count in a pass of the language model, and what their logits add up to, some words at a time."""
+    """The tokens that count in a pass of the language model, and what their logits add up to, some words at a time.
+
+    Sums are updated in place: small tensors made between large ones would keep the allocator from using those again.
+    """
 
     def __init__(self, leaving: Float[Tensor, "rows seq d_model"], rows: Int[Tensor, "rows seq"]) -> None:
         self.leaving = leaving[:, 1:-1].flatten(0, 1)
         self._n_rows, self._next = len(rows), rows[:, 2:].flatten()
-        self._of_next = self.leaving.new_zeros(len(self.leaving), dtype=torch.float64)
-        self._totals: list[Float64[Tensor, " tokens"]] = []
-        self._lost: list[Float64[Tensor, " tokens"]] = []
+        self._of_next, self.lost = (self.leaving.new_zeros(len(self.leaving), dtype=torch.float64) for _ in range(2))
+        self.total = torch.full_like(self.lost, -torch.inf)
+        """The logarithm of the sum of all exponentials so far."""
 
-    def add(
-        self,
-        words: slice,
-        logits: Float[Tensor, "tokens words"],
-        clean: Float[Tensor, "tokens words"],
-        probability: Float[Tensor, "tokens words"],
-    ) -> None:
-        """Logits of some words, beside those of the clean pass and its probabilities among these words."""
-        self._totals.append(logits.logsumexp(1).double())
-        self._lost.append(torch.linalg.vecdot(probability, clean - logits).double())
+    def add(self, words: slice, logits: Float[Tensor, "tokens words"]) -> None:
+        torch.logaddexp(self.total, logits.logsumexp(1).double(), out=self.total)
         here = (words.start <= self._next) & (self._next < words.stop)
         column = torch.where(here, self._next - words.start, 0).unsqueeze(1)
         self._of_next += torch.where(here, logits.gather(1, column).squeeze(1).double(), 0)
 
     def cross_entropy(self) -> Float64[Tensor, " rows"]:
         """Summed over the tokens of each row."""
-        return self._per_row(self._total() - self._of_next)
+        return self._per_row(self.total - self._of_next)
 
     def divergence(self, clean: "Pass") -> Float64[Tensor, " rows"]:
         """KL(clean || this), summed over the tokens of each row.
 
-        What the logit of each word lost, on average over the clean probabilities, and what the logarithm of the total
+        What the logit of a word lost, on average over the clean probabilities, and what the logarithm of the total
         gained: so nothing large cancels.
         """
-        share = (torch.stack(clean._totals) - clean._total()).exp()
-        return self._per_row((share * torch.stack(self._lost)).sum(0) + self._total() - clean._total())
-
-    def _total(self) -> Float64[Tensor, " tokens"]:
-        """The logarithm of the sum of all exponentials."""
-        return torch.stack(self._totals).logsumexp(0)
+        return self._per_row(self.lost + (self.total - clean.total))
 
     def _per_row(self, values: Float64[Tensor, " tokens"]) -> Float64[Tensor, " rows"]:
         return values.view(self._n_rows, -1).sum(1)
 
 
 def compare(clean: Pass, passes: Iterable[Pass], words: slice, logits: Callable[[Tensor, slice], Tensor]) -> None:
-    """Give every pass the logits of some words, in float32."""
+    """Give every pass the logits of some more words, in float32."""
     expected = logits(clean.leaving, words).float()
-    probability = expected.softmax(1)
-    clean.add(words, expected, expected, probability)
+    among_these = expected.softmax(1)
+    before = clean.total.clone()
+    clean.add(words, expected)
+    share = 1 - (before - clean.total).exp()  # of the clean probability so far, what these words have
     for one in passes:
-        one.add(words, logits(one.leaving, words).float(), expected, probability)
+        found = logits(one.leaving, words).float()
+        one.add(words, found)
+        one.lost.lerp_(torch.linalg.vecdot(among_these, expected - found).double(), share)

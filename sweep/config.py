@@ -357,7 +357,7 @@ def not_text(key: str, value: str) -> Iterator[str]:
 def at_least(bound: float, **values: float) -> Iterator[str]:
     for key, value in values.items():
         if not bound <= value < math.inf:
-            yield f"{key}={value} must be at least {bound}"
+            yield f"{key}={value} must be at least {bound}{', and finite' if value == math.inf else ''}"
 
 
 def frozen(value: Any) -> Any:

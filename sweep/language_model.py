@@ -371,7 +371,12 @@ def load_language_model(
                 trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ModelError(f"model={model.model}: {folder} cannot be loaded on {device} ({first_line(error)})") from error
+        again = (
+            "" if model.model_format == "directory" else "; if a file is damaged, delete the folder: it is made again"
+        )
+        raise ModelError(
+            f"model={model.model}: {folder} cannot be loaded on {device} ({first_line(error)}){again}"
+        ) from error
     if bridge.cfg.n_layers != model.n_layers:
         raise ModelError(f"n_layers={model.n_layers}: model={model.model} in {folder} has {bridge.cfg.n_layers} layers")
     bridge.eval()

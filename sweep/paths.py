@@ -36,6 +36,7 @@ TEMPORARY = (".tmp", ".old")
 """How the names of half-written files and of folders that make room end."""
 
 TABLES = ("runs", "curves", "latents", "sequences", *OPTIONAL_TABLES)
+OURS = {*TABLES, "cells", "sweeps", "slurm", "cache"}
 MARK = "Results of sparse transcoder sweeps (format 1)"
 ABOUT = f"""{MARK}
 
@@ -210,7 +211,8 @@ class ResultsFolder:
             raise ResultsError(f"results_dir={self.root} is a file; {fix}")
         if not os.access(self.root, os.R_OK | os.X_OK):
             raise ResultsError(f"results_dir={self.root} cannot be read; {fix}")
-        if all(path.name == "cache" or path.name.startswith(".") for path in self.root.iterdir()):
+        names = {path.name for path in self.root.iterdir() if not path.name.startswith(".")}
+        if names <= {"cache"} or ("runs" in names and names <= OURS):  # tables may be copied without the mark
             return
         try:
             with self.about.open(encoding="utf-8") as file:

@@ -127,6 +127,22 @@ def file_documents(data: Data) -> Iterator[str]:
         raise DataError(f"dataset_path={path} cannot be read: {error}") from error
 
 
+def check_beginning(data: Data) -> None:
+    """Read the first document of a local file; what else there is comes without a look.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    if data.dataset_format != "file" or data.dataset_path is None:
+        return
+    path = Path(data.dataset_path)
+    try:
+        if next(FILE_KINDS[path.suffix](path, data.text_column), None) is None:
+            raise DataError(f"dataset_path={path} is empty: it holds no document; name a file with text")
+    except OSError as error:
+        raise DataError(f"dataset_path={path} cannot be read: {error}") from error
+
+
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:
     """Lines without their ends, each with its place for messages; an undecodable one is a DataError."""
     with path.open("rb") as file:

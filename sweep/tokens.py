@@ -48,6 +48,8 @@ __all__ = [
 TOKENS_VERSION = 2
 """Part of the token file's key. Raise it when the same dataset comes to give other documents or other rows."""
 
+TXT = ", and documents of a .txt file are what blank lines separate"
+
 ROWS_PER_BLOCK = 16
 """Rows that go through the language model at once; train holds whole blocks."""
 
@@ -315,5 +317,5 @@ def too_short(data: Data, writers: Mapping[Split, RowWriter], n_read: int) -> st
     return (
         f"dataset={data.dataset} is too short: its {n_read} documents do not fill every split. {'; '.join(parts)}. "
         "A document goes to one split as a whole, by its hash: more text, more documents or a smaller seq_len= also "
-        "help"
+        f"help{TXT if data.dataset.endswith('.txt') else ''}"
     )

@@ -136,7 +136,14 @@ def test_plan_shows_duplicates_and_they_run_once(tmp_path: Path) -> None:
         (["+dict_sise=3"], 2, "dict_sise=3 is not an option; did you mean dict_size? See --help"),
         (["hydra/launcher=basic"], 2, "choose hydra/launcher=local"),
         (["hydra/sweeper=basic"], 2, "choose hydra/sweeper=grid"),
-        (["-m", "experiment=smoke,null"], 2, "null"),
+        (["-m", "experiment=smoke,null"], 2, "experiment=smoke,null is no preset; choose one of improved, options"),
+        (["schedule=3"], 2, "schedule=3 is no preset; choose one of base, improved, tuned"),
+        (["hydra.launcher=null"], 2, "hydra.launcher=null leaves nothing to run jobs with"),
+        (["--resolve"], 2, "can only be used in conjunction with --cfg"),
+        (["-m", "seed=range(3,0)"], 2, "seed=range(3,0) stands for no value"),
+        (["-m", "lr=glob(1*)"], 2, "lr=glob(1*) stands for no value"),
+        (["-m", "lr=interval(1e-3,1e-2)"], 2, "lr=interval(1e-3,1e-2): a grid takes single values"),
+        (["data=file", f"dataset_path={__file__}.jsonl"], 2, "is not a file"),
         (["results_dir=/dev/null/x"], 2, "results_dir=/dev/null/x cannot be used"),
         (["cache_dir=/dev/null/x"], 2, "cache_dir=/dev/null/x cannot be used"),
         (["text_column='[/x]'", "top_k=99"], 2, "top_k=99 exceeds"),
@@ -166,7 +173,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "message", "code"), [("", "is empty", 2), (" \n ", "is empty", 1), ("just a line", "too short", 1)]
+    ("content", "message", "code"), [("", "is empty", 2), (" \n ", "is empty", 2), ("just a line", "too short", 1)]
 )
 def test_text_that_does_not_do_fails_with_a_message(
     content: str, message: str, code: int, tmp_path: Path, cache: CacheFolder
@@ -197,7 +204,7 @@ def test_a_damaged_checkpoint_is_a_message_with_the_fix(tmp_path: Path, cache: C
 LONG = ("experiment=smoke", "steps=3000", "epochs=1", "checkpoint_steps=50", "keep_checkpoints=true")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_process_resumes_to_the_same_bytes(
     number: signal.Signals, tmp_path: Path, cache: CacheFolder, unbroken: ResultsFolder
 ) -> None:
@@ -235,6 +242,24 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> Re
     folder = tmp_path_factory.mktemp("unbroken")
     assert run(*LONG, f"cache_dir={cache.root}", f"results_dir={folder}").returncode == 0
     return ResultsFolder(folder)
+
+
+def test_output_that_nobody_reads_ends_no_sweep(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "sweep_runner.py"), "-m", *GRID, f"results_dir={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        assert (process.stderr.read(), process.wait(timeout=120)) == ("", 0)
+    assert len(list((tmp_path / "runs").glob("*.parquet"))) == 4
+
+
+def test_a_text_without_its_column_is_refused_with_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"body": "a"}\n')
+    done = run("model=tiny", "data=file", f"dataset_path={path}", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{path}, line 1: text_column=text is not a column; set text_column= to one of: body" in done.stderr
 
 
 def test_help_explains_options_by_group() -> None:

@@ -23,6 +23,7 @@ from sweep.launch.jobs import divide
 from sweep.launch.launch import times
 from sweep.launch.machine import Slot
 from sweep.paths import CacheFolder
+from sweep.tokens import row_counts
 
 CPU = Processor(gpu=False, n_threads=torch.get_num_threads())
 GPU = replace(CPU, gpu=True)
@@ -65,6 +66,13 @@ def test_estimates_of_the_readme_sweeps_are_near_what_was_measured(
     cost = gang_cost(readme_gang(*grid), setting)
     assert minutes / 1.3 < cost.seconds(QUIET_FLOPS) / 60 < 1.3 * minutes
     assert gigabytes / 1.15 < cost.memory_bytes / 1e9 < 1.15 * gigabytes
+
+
+def test_no_more_rows_are_spliced_than_there_are() -> None:
+    cell = make_cell()
+    there = row_counts(cell.data)["heldout"]
+    few, all_rows, more = (gang_cost([cell], replace(EMPTY, n_causal_rows=n)) for n in (1, there, 100 * there))
+    assert few.evaluation_flops < all_rows.evaluation_flops == more.evaluation_flops
 
 
 def test_a_cell_that_is_done_costs_no_step() -> None:

@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
         "sweep.pulse",
         "sweep.recovered",
         "sweep.secrets",
+        "sweep.stdout",
         "sweep.chunks",
     },
     {"sweep.revisions", "sweep.failures"},
@@ -104,13 +105,14 @@ TORCH_FREE = {
         "sweep.config", "sweep.paths",
         "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.cache", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
-        "sweep.recovered", "sweep.secrets", "sweep.text", "sweep.tokens", "sweep.saved", "sweep.__main__",
+        "sweep.recovered", "sweep.secrets", "sweep.stdout", "sweep.text", "sweep.tokens", "sweep.saved",
+        "sweep.__main__",
     }
 }  # fmt: skip
 HEAVY = {"torch", "transformer_lens", "transformers", "datasets", "safetensors.torch"}
 
 ANALYSIS_MAY_USE = {"sweep.results", "sweep.config", "sweep.options", "sweep.paths", "sweep.errors", "sweep.baselines",
-                    "sweep.baselines.published", "sweep.checkout", "sweep.recovered"}  # fmt: skip
+                    "sweep.baselines.published", "sweep.checkout", "sweep.recovered", "sweep.stdout"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

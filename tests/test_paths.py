@@ -85,6 +85,16 @@ def test_a_foreign_readme_is_refused(tmp_path: Path, content: bytes) -> None:
         ResultsFolder(tmp_path).check()
 
 
+def test_tables_alone_are_results_too(tmp_path: Path) -> None:
+    """As where somebody copied them to another machine, without the file that says whose they are."""
+    for name in ("runs", "sequences"):
+        (tmp_path / name).mkdir()
+    ResultsFolder(tmp_path).check()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ResultsError, match="holds files that are not results"):
+        ResultsFolder(tmp_path).check()
+
+
 def test_a_file_is_refused_as_results_dir(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match="is a file"):

@@ -21,7 +21,7 @@ from make import make_cell
 from sweep import text
 from sweep.config import Data
 from sweep.errors import DataError
-from sweep.text import documents, without_known_lines
+from sweep.text import check_beginning, documents, without_known_lines
 from sweep.tokens import split_of
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,19 @@ def test_an_unreadable_file_is_named_with_its_place(name: str, content: bytes, m
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(documents(file_data(tmp_path / name)))
+
+
+def test_a_file_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_bytes(b"a\n\n\xff\xfe")
+    check_beginning(file_data(path))  # the first document is well
+    path.write_bytes(b"\n \n\n")
+    with pytest.raises(DataError, match="is empty: it holds no document"):
+        check_beginning(file_data(path))
+    data = file_data(path)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        check_beginning(data)
 
 
 def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path) -> None:

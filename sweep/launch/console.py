@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as BarDisplay
 from rich.table import Column, Table
 
+from sweep import stdout
 from sweep.cache import Entry
 from sweep.config import StreamConfig
 from sweep.launch.cost import Cost
@@ -53,7 +54,15 @@ __all__ = [
 LINE_SECONDS = 10.0
 """Without a terminal a phase speaks at its start and then every this many seconds."""
 
-out = Console(
+
+class Output(Console):
+    """Standard output. A sweep goes on where nobody reads it any more: status files tell the rest."""
+
+    def on_broken_pipe(self) -> None:
+        stdout.silence()
+
+
+out = Output(
     highlight=False, markup=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160
 )
 err = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)

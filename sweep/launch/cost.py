@@ -137,7 +137,7 @@ def gang_cost(gang: Sequence[Cell], setting: Setting) -> Cost:
         language_model_flops=2.0 * model.n_body_params * depth * harvested,
         training_flops=sum(map(training_flops, gang)),
         evaluation_flops=sum(scoring_flops(width, stream) for width in widths)
-        + splicing_flops(gang, len(beside), setting.n_causal_rows),
+        + splicing_flops(gang, len(beside), min(setting.n_causal_rows, rows["heldout"])),
         memory_bytes=memory(gang, beside, len(sites) + len(others), setting, harvested > 0, to_convert),
         disk_bytes=(kept_bytes * harvested / max(harvested + cached, 1) if keeps else 0)
         + 4.0 * parameters * (1 + 2 * 3)  # the transcoder, and two checkpoints of weights and moments

@@ -20,8 +20,8 @@ from sweep.status import FAILED
 __all__ = ["cancel", "cells_of", "collect", "status", "watch"]
 
 
-def cells_of(results: ResultsFolder) -> list[Planned]:
-    """Every cell that has a folder.
+def cells_of(results: ResultsFolder, *, readable: bool = False) -> list[Planned]:
+    """Every cell that has a folder; if asked, only those whose config can be read, and the others are told.
 
     Raises:
         ResultsError: there is none, or a config cannot be read.
@@ -32,8 +32,11 @@ def cells_of(results: ResultsFolder) -> list[Planned]:
         try:
             cell = read_cell(CellFolder(path.parent))
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; move its folder away") from error
-        cells.append(Planned(cell, (), *look_up(cell, results, {})))
+            if not readable:
+                raise CheckpointError(f"{error}; move its folder away") from error
+            console.problem(f"left out: {error}; move its folder away")
+        else:
+            cells.append(Planned(cell, (), *look_up(cell, results, {})))
     if not cells:
         raise ResultsError(f"{results.root} holds no cells; name the results_dir of a sweep")
     return cells
@@ -53,7 +56,7 @@ def everywhere(results: ResultsFolder, cells: list[Planned]) -> Together:
 
 def status(results: ResultsFolder) -> int:
     """One table of all cells; what Slurm is not asked about is known from files."""
-    cells = cells_of(results)
+    cells = cells_of(results, readable=True)
     jobs = jobs_of(results, cells)
     rows = Watcher(cells, results).rows(jobs)
     for cell_id, row in rows.items():

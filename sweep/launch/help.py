@@ -10,7 +10,7 @@ from sweep.checkout import CONF
 from sweep.config import Cell
 from sweep.options import ABSOLUTE, Relative, option_fields
 
-__all__ = ["help_text"]
+__all__ = ["GROUPS", "help_text", "presets_of"]
 
 GROUPS = ("model", "data", "capacity", "schedule", "revival", "experiment")
 WIDTH = 110
@@ -51,8 +51,12 @@ def help_text(*, _root_: DictConfig | None = None) -> str:
 def presets() -> Iterator[str]:
     yield "Presets"
     for group in GROUPS:
-        names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        yield f"  {group + '=':<14}{' | '.join(names)}"
+        yield f"  {group + '=':<14}{' | '.join(presets_of(group))}"
+
+
+def presets_of(group: str) -> list[str]:
+    """The presets of a group of options, by name."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def options(config: DictConfig | None) -> Iterator[str]:

@@ -21,6 +21,7 @@ from sweep.launch.slurm_options import SlurmOptions
 from sweep.options import Workflow
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.progress import silent
+from sweep.text import check_beginning
 
 __all__ = ["launch"]
 
@@ -33,6 +34,8 @@ def launch(composed: Sequence[Composed], options: LocalOptions | SlurmOptions) -
         handler.setLevel(logging.WARNING)
     try:
         workflow, cells = resolve(composed)
+        for data in dict.fromkeys(cell.data for _, cell in cells):
+            check_beginning(data)
         workflow = with_baselines(workflow, [cell for _, cell in cells], silent)
         slots = room_for(workflow, options)
         results = ResultsFolder(Path(workflow.results_dir))

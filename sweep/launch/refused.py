@@ -1,11 +1,13 @@
 """What Hydra refuses, in our words: key, value and fix, on one line."""
 
 import re
+import sys
 from typing import Any, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from sweep.launch.help import GROUPS, presets_of
 from sweep.launch.machine import LocalOptions
 from sweep.launch.slurm_options import SlurmOptions
 from sweep.options import must_be, not_an_option, option_fields
@@ -15,9 +17,14 @@ __all__ = ["in_our_words"]
 TYPED = re.compile(r"Error merging override (.*)|To append to your config use \+(.*)")
 """Where Hydra repeats what was typed."""
 
+NOT_A_NAME = "Config group override must be a string or a list."
+NO_LAUNCHER = "Hydra launcher is not configured"
+
 
 def in_our_words(error: Exception) -> str:
     """One line about an error of Hydra or OmegaConf; in its own words where we have none."""
+    if plain := of_a_plain_error(str(error)):
+        return plain
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         presets = [option for option in error.options if option != "basic" and not option.endswith("_schema")]
@@ -33,6 +40,18 @@ def in_our_words(error: Exception) -> str:
     if isinstance(cause := error.__cause__ or error, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause).partition('full_key:')[0]}".strip()
     return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def of_a_plain_error(text: str) -> str:
+    """Of those that Hydra raises without a class of its own, and without the key; empty for any other."""
+    if text.startswith(NOT_A_NAME):
+        typed = [(group, value) for group, _, value in (word.partition("=") for word in sys.argv) if group in GROUPS]
+        wrong = [(group, value) for group, value in typed if not {*value.split(",")} <= {*presets_of(group)}]
+        choices = {group: ", ".join(presets_of(group)) for group, _ in wrong}
+        return "; ".join(f"{group}={value} is no preset; choose one of {choices[group]}" for group, value in wrong)
+    if text == NO_LAUNCHER:
+        return "hydra.launcher=null leaves nothing to run jobs with; choose hydra/launcher=local, slurm or inline"
+    return ""
 
 
 def _types() -> dict[str, Any]:

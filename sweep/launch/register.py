@@ -1,7 +1,9 @@
 """Makes Hydra know our options, our launcher and our help, before `@hydra.main` runs."""
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweep import stdout
 from sweep.launch.help import help_text
 from sweep.launch.machine import LocalOptions
 from sweep.launch.refused import in_our_words
@@ -32,17 +35,29 @@ def run(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        if whole:
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        stdout.silence()
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except Exception as error:
+        if whole or not is_hydras(error):
             raise
         sys.stderr.write(in_our_words(error) + "\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except SweepExit:
         raise
     except SystemExit as stop:
         raise SystemExit(2 if stop.code == 1 else stop.code) from None
+
+
+def is_hydras(error: Exception) -> bool:
+    """Whether Hydra refuses: by an exception of its own, or by a plain one, raised in its code."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "hydra"
 
 
 def register() -> None:

@@ -296,9 +296,12 @@ def launch_folder(results: ResultsFolder, sweep_id: str) -> Iterator[LaunchFolde
         shutil.rmtree(folder.root)
 
 
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def stopping(words: str) -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT ends the process at once."""
+    """SIGINT, SIGTERM and the end of the terminal ask for a stop at the next step; a second SIGINT ends the process."""
     asked = False
 
     def ask(signum: int, _: FrameType | None) -> None:
@@ -308,7 +311,8 @@ def stopping(words: str) -> Iterator[Stop]:
         asked = True
         console.problem(words)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]  # nohup has SIGHUP ignored
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield lambda: asked
     finally:

@@ -52,6 +52,11 @@ class GridSweeper(BasicSweeper):
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         if (n_cells := math.prod(map(n_choices, overrides))) > MAX_CELLS:
             raise HydraException(f"{' '.join(arguments)} asks for {n_cells:,.0f} cells; choose at most {MAX_CELLS:,}")
+        for override in overrides:
+            if override.is_interval_sweep():
+                raise HydraException(f"{override.input_line}: a grid takes single values; write them with commas")
+            if override.is_sweep_override() and next(override.sweep_string_iterator(), None) is None:
+                raise HydraException(f"{override.input_line} stands for no value; write values with commas")
         (grid,) = self.split_arguments(overrides, None)
         return [list(cell) for cell in grid]
 
