@@ -18,9 +18,9 @@ from sweep.baselines.family import choose, scan
 from sweep.baselines.gemma_scope import Baseline, load_baseline, suspicions
 from sweep.baselines.header import check
 from sweep.config import Cell
+from sweep.devices import pick_device
 from sweep.errors import ConfigError
 from sweep.evaluate import Evaluation
-from sweep.job import pick_device
 from sweep.metrics import Metrics
 from sweep.paths import CacheFolder, write_json
 from sweep.progress import Report

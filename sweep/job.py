@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from sweep import checkpoint
 from sweep.activations import ActivationStream
 from sweep.beside import Beside, baselines_beside, commit_baseline
@@ -24,7 +22,8 @@ from sweep.cache import in_use
 from sweep.causal import CausalRows
 from sweep.commit import Workplace, commit, commit_diverged
 from sweep.config import Model
-from sweep.errors import Interrupted, ModelError, Superseded, SweepError
+from sweep.devices import pick_device
+from sweep.errors import Interrupted, ModelError, Superseded
 from sweep.evaluate import Evaluation, evaluate
 from sweep.finish import finish
 from sweep.gang import Gang, Member, join
@@ -172,14 +171,6 @@ def prepare(gang: Gang, workflow: Workflow, report: Report, stack: contextlib.Ex
         gang.guard_all(lambda member: model.check(member.cell.site, config.model.d_in, config.model.d_out))
     stream = ActivationStream(config, blocks, gang.sites)
     return Workplace(stream, harvested, tokens, tokenizer, model_hash, device, started, len(gang.members))
-
-
-def pick_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SweepError(f"device={device}: torch sees no CUDA device; choose device=cpu or device=auto")
-    return device
 
 
 def start(member: Member, place: Workplace, workflow: Workflow, clock: SaveClock) -> None:

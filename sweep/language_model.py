@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sweep.config import Model, Site
+from sweep.devices import settle
 from sweep.errors import ModelError, first_line
 from sweep.model_files import ensure_model_folder, quiet_transformers
 from sweep.provenance import multiplies_bfloat16
@@ -350,6 +351,7 @@ def load_language_model(
     Raises:
         ModelError: the folder cannot be loaded, or has another number of layers than declared.
     """
+    settle()
     if model.model_dtype == "bfloat16" and torch.device(device).type == "cpu" and not multiplies_bfloat16():
         log.warning(SLOW_BFLOAT16)
     if not any(folder.glob("*.safetensors")):  # without one, transformers would unpickle a .bin file

@@ -16,9 +16,9 @@ from sweep.activations import Batch
 from sweep.blocks import CachedBlocks, HarvestedBlocks, from_model, with_cache
 from sweep.causal import CausalRows
 from sweep.config import Cell, Site
+from sweep.devices import pick_device
 from sweep.errors import ConfigError, TooShort
 from sweep.evaluate import Evaluation, evaluate
-from sweep.job import pick_device
 from sweep.language_model import Activations, ensure_model_folder, load_tokenizer
 from sweep.metrics import Metrics
 from sweep.paths import CacheFolder, write_atomic, write_json
