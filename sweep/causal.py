@@ -33,8 +33,9 @@ __all__ = ["CausalRows", "Effect", "Guard", "causal_effects", "simply"]
 TOKENS_AT_ONCE = 1024
 """In a pass, where one row is not longer: a product with a vocabulary's weights is then worth reading them."""
 
-LOGIT_BYTES = 4 << 20
-"""Size of the logits compared at once, those of some words for all tokens of a pass."""
+LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+"""Size of the logits compared at once, those of some words for all tokens of a pass: they stay in a processor's cache,
+while a GPU waits for its host between small products."""
 
 Key = str | tuple[str, str]
 """Of a pass: a transcoder's name, or a hook and what it is ablated with."""
@@ -137,7 +138,7 @@ def causal_effects(
             if not guard(name, partial(splice, name, forward, passes)):
                 del sums[name]
         clean = Pass(forward.leaving, forward.rows)
-        for words in pieces(on.model.vocabulary, 4 * len(clean.leaving), LOGIT_BYTES):
+        for words in pieces(on.model.vocabulary, 4 * len(clean.leaving), LOGIT_BYTES[on.model.device.type]):
             compare(clean, passes.values(), words, partial(on.model.logits, forward))
             report("splice", part.start + (part.stop - part.start) * words.stop // on.model.vocabulary, n_rows, "rows")
         for name, of_cell in sums.items():

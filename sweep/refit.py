@@ -13,6 +13,7 @@ there is one, and the bias.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -73,17 +74,22 @@ def refit(
     best, least = trained, loss(trained)
     noise, spread = least / calibration.target.numel(), PRIOR_VARIANCE * float(params.W_dec.square().mean())
     normal = Normal.of(designs, capacity, prior=noise / spread if spread else 0.0)
-    fits = [Fit(normal, *part) for part in zip(columns, trained, strict=True)]
-    for done in range(n_iterations):
+    for done, weights in enumerate(islice(iterates(normal, columns, trained), n_iterations), 1):
         tick(done)
-        for fit in fits:
-            fit.advance()
-        weights = tuple(fit.weights for fit in fits)
         if not (found := loss(weights)) < least:
             break
         best, least = weights, found
     tick(n_iterations)
     return unstacked(torch.cat(best, dim=1), params)
+
+
+def iterates(normal: "Normal", columns: Sequence[slice], trained: Sequence[Weights]) -> Iterator[tuple[Weights, ...]]:
+    """The weights after each iteration, without end."""
+    fits = [Fit(normal, *part) for part in zip(columns, trained, strict=True)]
+    while True:
+        for fit in fits:
+            fit.advance()
+        yield tuple(fit.weights for fit in fits)
 
 
 def in_columns(weights: Weights) -> Iterator[tuple[slice, Weights]]:

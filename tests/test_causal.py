@@ -187,7 +187,7 @@ def test_company_and_the_size_of_pieces_do_not_show(
     on = CausalRows(language_model, ROWS)
     together = causal_effects(gang, dict.fromkeys(SITES, mean), on)
     monkeypatch.setattr(causal, "TOKENS_AT_ONCE", 4 * 12)  # four rows, then two
-    monkeypatch.setattr(causal, "LOGIT_BYTES", 4 * 4 * 10 * 100)  # a hundred of 260 words
+    monkeypatch.setitem(causal.LOGIT_BYTES, "cpu", 4 * 4 * 10 * 100)  # a hundred of 260 words
     for name, (site, predict) in gang.items():
         alone = causal_effects({name: (site, predict)}, {site: mean}, on)[name]
         for key in causal.SUMS:

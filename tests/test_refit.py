@@ -1,8 +1,7 @@
 """Decoder, bias and linear map in closed form, against references that hold every latent of every token."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from sweep.config import Capacity
 from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.language_model import Activations
-from sweep.refit import in_chunks, refit, stacked
+from sweep.refit import Normal, in_chunks, in_columns, iterates, refit, stacked, unstacked
 from sweep.step import active
 from sweep.step.loss import transcoder_loss
 from sweep.transcoder import Parameters, select
@@ -29,30 +28,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(active, "MIN_BLOCK", 7)
     for rule in active.BLOCK_BYTES:
         monkeypatch.setitem(active.BLOCK_BYTES, rule, 2000)
-
-
-@pytest.fixture
-def never_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the loss of the trained weights is known, calibration gets better with each iteration."""
-    own, begin, falling = module.Design.loss, module.Normal.of, count(0, -1)
-    began: list[bool] = []
-
-    def chunks(*args: Any) -> Iterator[module.Design]:
-        began.clear()
-        return in_chunks(*args)
-
-    def normal(*args: Any, **prior: float) -> module.Normal:
-        began.append(True)
-        return begin(*args, **prior)
-
-    monkeypatch.setattr(module, "in_chunks", chunks)
-    monkeypatch.setattr(module.Normal, "of", normal)
-    monkeypatch.setattr(module.Design, "loss", lambda *args: float(next(falling)) if began else own(*args))
-
-
-@pytest.fixture
-def no_prior(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PRIOR_VARIANCE", 1e20)
 
 
 def case(**options: Any) -> tuple[Parameters, Capacity, Activations, float | None]:
@@ -84,13 +59,26 @@ def design(params: Parameters, capacity: Capacity, data: Activations) -> tuple[T
     return torch.cat(rows) * roots, data.target.repeat(len(rows), 1) * roots
 
 
-def with_prior(params: Parameters, capacity: Capacity, data: Activations) -> tuple[Tensor, Tensor]:
-    """And rows that hold each latent to its weights: the variance of noise over that of weights."""
-    x, y = design(params, capacity, data)
-    noise = float((x @ stacked(params) - y).square().sum()) / data.target.numel()
-    root = (noise / (module.PRIOR_VARIANCE * float(params.W_dec.square().mean()))) ** 0.5
-    held = root * torch.eye(24, x.shape[1], dtype=torch.float64)
-    return torch.cat([x, held]), torch.cat([y, root * params.W_dec])
+def with_prior(params: Parameters, x: Tensor, y: Tensor, prior: float) -> tuple[Tensor, Tensor]:
+    """And rows that hold each latent to its weights."""
+    held = prior**0.5 * torch.eye(24, x.shape[1], dtype=torch.float64)
+    return torch.cat([x, held]), torch.cat([y, prior**0.5 * params.W_dec])
+
+
+def prior_of(params: Parameters, x: Tensor, y: Tensor) -> float:
+    """The variance of noise over that of weights."""
+    noise = float((x @ stacked(params) - y).square().sum()) / (N * D_OUT)
+    return noise / (module.PRIOR_VARIANCE * float(params.W_dec.square().mean()))
+
+
+def fitted(
+    params: Parameters, capacity: Capacity, threshold: float | None, data: Activations, n: int, prior: float
+) -> Parameters:
+    """After n iterations, whatever they do to other tokens."""
+    normal = Normal.of(list(in_chunks(params, capacity, threshold, data)), capacity, prior)
+    columns, trained = zip(*in_columns(stacked(params)), strict=True)
+    weights = next(islice(chain([trained], iterates(normal, columns, trained)), n, None))
+    return unstacked(torch.cat(weights, dim=1), params)
 
 
 CASES = [
@@ -101,19 +89,18 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("never_stops")
 @pytest.mark.parametrize("options", CASES)
 def test_many_iterations_end_at_the_least_squares(options: dict[str, Any]) -> None:
     params, capacity, data, threshold = case(**options)
-    x, y = with_prior(params, capacity, data)
-    wanted = torch.linalg.lstsq(x, y, driver="gelsd").solution
-    found = refit(params, capacity, threshold, data, data, 200)
+    x, y = design(params, capacity, data)
+    prior = prior_of(params, x, y)
+    wanted = torch.linalg.lstsq(*with_prior(params, x, y, prior), driver="gelsd").solution
+    found = fitted(params, capacity, threshold, data, 200, prior)
     torch.testing.assert_close(x @ stacked(found), x @ wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(found.W_dec[5], params.W_dec[5])
     assert torch.equal(found.W_enc, params.W_enc)
 
 
-@pytest.mark.usefixtures("no_prior")
 @pytest.mark.parametrize("options", CASES)
 def test_there_without_a_prior_the_training_loss_has_no_gradient_left(options: dict[str, Any]) -> None:
     params, capacity, data, threshold = case(**options)
@@ -127,38 +114,43 @@ def test_there_without_a_prior_the_training_loss_has_no_gradient_left(options: d
         behind = [tensor for name, tensor in leaves.items() if not name.endswith("enc")]
         return list(torch.autograd.grad(total, behind))
 
-    fitted = gradients(refit(params, capacity, threshold, data, data, 200))
     assert all(float(g.abs().max()) > 1e-2 for g in gradients(params))
-    assert all(float(g.abs().max()) < 1e-6 for g in fitted)
+    found = fitted(params, capacity, threshold, data, 200, prior=0.0)
+    assert all(float(g.abs().max()) < 1e-6 for g in gradients(found))
 
 
-@pytest.mark.usefixtures("never_stops")
-def test_each_iteration_lowers_the_loss_and_is_told() -> None:
+def test_each_iteration_lowers_the_loss() -> None:
     params, capacity, data, threshold = case(skip=True)
-    x, y = with_prior(params, capacity, data)
-    told: list[int] = []
-    losses = [
-        float((x @ stacked(refit(params, capacity, threshold, data, data, n, told.append)) - y).square().sum())
-        for n in range(5)
-    ]
+    x, y = design(params, capacity, data)
+    prior = prior_of(params, x, y)
+    held, wanted = with_prior(params, x, y, prior)
+    each = [fitted(params, capacity, threshold, data, n, prior) for n in range(5)]
+    losses = [float((held @ stacked(found) - wanted).square().sum()) for found in each]
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5
-    assert [n for n in told if n] == [1, 1, 2, 1, 2, 3, 1, 2, 3, 4]
 
 
-@pytest.mark.usefixtures("never_stops")
-def test_fitted_to_few_tokens_it_predicts_others_better_by_the_prior(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("options", CASES)
+def test_the_prior_is_that_of_the_noise_on_calibration_and_each_iteration_is_told(options: dict[str, Any]) -> None:
+    params, capacity, data, threshold = case(**options)
+    told: list[int] = []
+    found = refit(params, capacity, threshold, data, data, 3, told.append)
+    expected = fitted(params, capacity, threshold, data, 3, prior_of(params, *design(params, capacity, data)))
+    torch.testing.assert_close(stacked(found), stacked(expected), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(stacked(found), stacked(fitted(params, capacity, threshold, data, 3, 0.0)), rtol=1e-4)
+    assert [n for n in told if n] == [1, 2, 3, 3]
+
+
+def test_fitted_to_few_tokens_it_predicts_others_better_by_the_prior() -> None:
     params, capacity, data, threshold = case(skip=False)
     few, others = (Activations(*(tensor[part] for tensor in data)) for part in (slice(20), slice(20, None)))
-    trained = refit(params, capacity, threshold, others, others, 200)
+    trained = fitted(params, capacity, threshold, others, 200, prior=0.0)
     x, y = design(trained, capacity, data)
 
-    def error() -> float:
-        found = refit(trained, capacity, threshold, few, few, 200)
+    def error(prior: float) -> float:
+        found = fitted(trained, capacity, threshold, few, 200, prior)
         return float((x @ stacked(found) - y).view(-1, N, D_OUT)[:, 20:].square().sum())
 
-    with_it = error()
-    request.getfixturevalue("no_prior")
-    assert with_it < 0.97 * error()
+    assert error(prior_of(trained, x, y)) < 0.97 * error(0.0)
 
 
 def test_it_stops_where_calibration_gets_no_better() -> None:
