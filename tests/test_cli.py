@@ -15,6 +15,7 @@ import pytest
 from gangs import same_bytes
 
 from sweep.config import cell_from_json
+from sweep.launch.rounds import stopping
 from sweep.paths import CacheFolder, ResultsFolder
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +211,9 @@ def test_a_stopped_process_resumes_to_the_same_bytes(
 ) -> None:
     arguments = [*LONG, f"cache_dir={cache.root}", f"results_dir={tmp_path}"]
     command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup, which these tests may run with
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, ignored)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("cells/*/checkpoints/step_*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -242,6 +245,18 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: CacheFolder) -> Re
     folder = tmp_path_factory.mktemp("unbroken")
     assert run(*LONG, f"cache_dir={cache.root}", f"results_dir={folder}").returncode == 0
     return ResultsFolder(folder)
+
+
+def test_a_sweep_under_nohup_does_not_hear_its_terminal_end() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping("it stops") as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_output_that_nobody_reads_ends_no_sweep(tmp_path: Path) -> None:

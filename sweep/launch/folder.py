@@ -21,22 +21,24 @@ __all__ = ["cancel", "cells_of", "collect", "status", "watch"]
 
 
 def cells_of(results: ResultsFolder, *, readable: bool = False) -> list[Planned]:
-    """Every cell that has a folder; if asked, only those whose config can be read, and the others are told.
+    """Every cell that has a folder; if asked, those whose config can be read, and the others are told.
 
     Raises:
         ResultsError: there is none, or a config cannot be read.
     """
     results.check()
-    cells = []
+    cells, unreadable = [], []
     for path in sorted(results.root.glob("cells/*/config.json")):
         try:
             cell = read_cell(CellFolder(path.parent))
         except CheckpointError as error:
-            if not readable:
-                raise CheckpointError(f"{error}; move its folder away") from error
-            console.problem(f"left out: {error}; move its folder away")
+            unreadable.append(f"{error}; move its folder away")
         else:
             cells.append(Planned(cell, (), *look_up(cell, results, {})))
+    if unreadable and not (readable and cells):
+        raise CheckpointError("\n".join(unreadable))
+    for problem in unreadable:
+        console.problem(f"left out: {problem}")
     if not cells:
         raise ResultsError(f"{results.root} holds no cells; name the results_dir of a sweep")
     return cells

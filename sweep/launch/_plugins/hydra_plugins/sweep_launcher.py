@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -19,6 +20,7 @@ from sweep.launch.machine import LocalOptions
 from sweep.launch.refused import in_our_words
 from sweep.launch.register import SweepExit
 from sweep.launch.slurm_options import SlurmOptions
+from sweep.progress import silent
 
 
 def refuse(key: str, value: str, fix: str) -> NoReturn:
@@ -28,6 +30,10 @@ def refuse(key: str, value: str, fix: str) -> NoReturn:
 
 MAX_CELLS = 100_000
 """A grid is a list in memory, and a range is quickly typed with too many zeros."""
+
+
+MANY_CELLS = 50
+"""Hydra takes a tenth of a second for each: from so many on one is told how far it is."""
 
 
 class GridSweeper(BasicSweeper):
@@ -90,9 +96,15 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the sweep and leave the process with its exit code."""
+        from sweep.launch import console
         from sweep.launch.launch import launch
 
-        raise SweepExit(launch([self.compose(list(overrides)) for overrides in job_overrides], self.options))
+        composed = []
+        with console.progress() if len(job_overrides) >= MANY_CELLS else nullcontext(silent) as report:
+            for overrides in job_overrides:
+                composed.append(self.compose(list(overrides)))
+                report("read options", len(composed), len(job_overrides), "cells")
+        raise SweepExit(launch(composed, self.options))
 
     def compose(self, overrides: list[str]) -> tuple[list[str], dict[str, Any] | str]:
         """The cell's overrides with its flat options, or with words on why there are none."""
