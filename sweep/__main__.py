@@ -84,7 +84,7 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Write metrics.json and summary.txt there.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another cell, scored on the same rows to compare.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Default: the cache in the results folder.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Default: the results folder's, or ./results/cache.")] = None,
 ) -> None:
     """Score a transcoder afresh on held-out rows: each metric with its target and a verdict.
 
@@ -137,7 +137,7 @@ def compare_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")] = "auto",
     output_dir: Annotated[Path | None, typer.Option(help="Write comparison.json and both metrics there.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Default: the cache in the results folder.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Default: the results folder's, or ./results/cache.")] = None,
 ) -> None:
     """Ours beside Google's on the same held-out rows: both sides' metrics, and a verdict at equal L0 only.
 
