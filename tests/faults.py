@@ -9,8 +9,6 @@
 Every command ends with a table of what was broken where, and exits with 1 at the first byte that differs.
 """
 
-import contextlib
-import json
 import os
 import random
 import runpy
@@ -30,19 +28,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import typer
-from disk import FAULTS, Death, Fault, faulty
+from disk import FAULTS
 from gangs import make_workflow, run_cells, same_bytes
-from make import make_cell
+from left_behind import cells_of, check_visible
+from small_gang import small_gang
 from sweeps import Ended, Sweeper, sweep_command
 
-from sweep.config import Cell, cell_from_json
-from sweep.errors import ResultsError
-from sweep.leftovers import settle
+from sweep.config import Cell
 from sweep.paths import CacheFolder, ResultsFolder
-from sweep.results import seal_holds
-from sweep.revisions import sha256_of_file
 from sweep.status import read_status
-from sweep.transcoder import load_transcoder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -115,24 +109,6 @@ def write_text(path: Path, n_words: int = 60_000) -> None:
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2_000)]
     lines = [" ".join(draw.choices(words, k=60)) for _ in range(n_words // 60)]
     path.write_text("\n\n".join(lines))
-
-
-def cells_of(results: ResultsFolder) -> list[Cell]:
-    return [cell_from_json(path.read_text()) for path in sorted(results.root.glob("cells/*/config.json"))]
-
-
-def check_visible(found: Path, reference: ResultsFolder) -> int:
-    """Assert that all there is under its final name is whole, and that finished cells are the reference's. How many."""
-    results = ResultsFolder(found)
-    for table in ("curves", "latents", "sequences", "runs"):
-        for path in results.table(table).glob("[!.]*"):
-            assert seal_holds(path.read_bytes()) is True, path
-    for path in found.glob("cells/*/transcoder/config.json"):
-        load_transcoder(path.parent)
-    done = [cell for cell in cells_of(reference) if results.row("runs", cell.cell_id).exists()]
-    for cell in done:
-        same_bytes(reference, results, cell)
-    return len(done)
 
 
 @app.callback()
@@ -387,62 +363,6 @@ def operations(every: int = 1, first: int = 0) -> None:
         breaks = [(at, fault) for at in range(first, n, every) for fault in FAULTS]
         outcomes = Counter(gang.broken(at, fault) for at, fault in breaks)
         typer.echo(f"{len(breaks)} broken operations, all cells byte-identical in the end; {outcomes.most_common()}")
-
-
-@dataclass
-class SmallGang:
-    """Two cells with two checkpoints each, and what they leave when nothing is done to them."""
-
-    root: Path
-    cache: CacheFolder
-    reference: ResultsFolder
-    n_operations: int
-
-    @property
-    def cells(self) -> list[Cell]:
-        return cells_of(self.reference)
-
-    def broken(self, at: int, fault: Fault) -> str:
-        """Break one operation of a gang, run the gang again, and compare. How far the broken one came.
-
-        Heartbeats come by the clock, so a gang may end before an operation that another one had.
-        """
-        folder = self.root / "broken"
-        with faulty(folder, at, fault) as disk, contextlib.suppress(OSError, ResultsError, Death):
-            self.run(folder)
-        n_done = check_visible(folder, self.reference)
-        check_checkpoints(folder)
-        run = self.run(folder)
-        assert check_visible(folder, self.reference) == len(self.cells), (at, fault, disk.done[at])
-        assert not [path for path in run.root.rglob(".*") if path.suffix in (".tmp", ".old")], (at, fault)
-        shutil.rmtree(folder)
-        return f"{n_done} cells done before" if disk.hit else "not reached"
-
-    def run(self, folder: Path) -> ResultsFolder:
-        """As a launcher does it, which first brings to an end what was killed after its row."""
-        workflow = make_workflow(folder, self.cache, checkpoint_steps=2)
-        for cell in self.cells:
-            settle(ResultsFolder(folder), cell.cell_id, keep_checkpoints=workflow.keep_checkpoints)
-        return run_cells(self.cells, workflow)
-
-
-@contextmanager
-def small_gang(root: Path | None = None, cache: CacheFolder | None = None) -> Iterator[SmallGang]:
-    """A gang to break operations of, best in memory: it writes and syncs the same few files over and over."""
-    root = root or Path(tempfile.mkdtemp(prefix="faults.", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
-    cache = cache or CacheFolder(root / "cache")
-    cells = [make_cell(steps=4, seed=seed) for seed in (0, 1)]
-    with faulty(root / "reference", None) as disk:
-        reference = run_cells(cells, make_workflow(root / "reference", cache, checkpoint_steps=2))
-    yield SmallGang(root, cache, reference, len(disk.done))
-    shutil.rmtree(root)
-
-
-def check_checkpoints(found: Path) -> None:
-    """Assert that every checkpoint under its final name fits its manifest."""
-    for path in found.glob("cells/*/checkpoints/step_*/"):
-        manifest = json.loads((path / "manifest.json").read_text())
-        assert {name: sha256_of_file(path / name) for name in manifest["sha256"]} == manifest["sha256"], path
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from faults import (
     Bench,
     bench,
     break_one_cell,
-    check_visible,
     kill_at_random,
     preempt_at_random,
     share_a_folder,
-    small_gang,
 )
+from left_behind import check_visible
+from small_gang import small_gang
 
 from sweep.paths import CacheFolder
 
