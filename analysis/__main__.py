@@ -59,6 +59,7 @@ def rank_command(
         import polars as pl
 
         from analysis import query, show
+        from analysis.common_rows import sequences_of
         from analysis.rank import FIELDS, rank, records
         from analysis.rank_table import rank_text
         from analysis.tables import load_table
@@ -70,8 +71,8 @@ def rank_command(
         cells, baselines = everything.filter(~is_baseline), everything.filter(is_baseline)
         chosen = cells if where is None else query.where(cells.lazy(), where).collect()
         edge = baselines if frontier is None else query.where(baselines.lazy(), frontier).collect()
-        sequences = load_table(results, "sequences").frame.collect()
-        groups = [group for group in rank(pl.concat([chosen, edge]), by, sequences) if group.rows or group.left_out]
+        wanted = pl.concat([chosen, edge])
+        groups = [group for group in rank(wanted, by, sequences_of(results, wanted)) if group.rows or group.left_out]
         if not groups:
             remark(nothing_yet(results, loaded) or [f"no run satisfies {where}" if cells.height else "no cell yet"])
         elif n_dropped := cells.height - chosen.height:
@@ -112,7 +113,10 @@ def effects_command(
         one_format(json, csv)
         from dataclasses import asdict
 
+        import polars as pl
+
         from analysis import query, show
+        from analysis.common_rows import sequences_of
         from analysis.effects import FIELDS, effects
         from analysis.effects_table import SHOWN, effects_text
         from analysis.tables import load_table
@@ -121,7 +125,8 @@ def effects_command(
         loaded = load_table(results, "runs")
         remark(loaded.warnings)
         runs = loaded.frame if where is None else query.where(loaded.frame, where)
-        groups = effects(runs.collect(), load_table(results, "sequences").frame.collect())
+        cells = runs.filter(pl.col("kind") == "cell").collect()
+        groups = effects(cells, sequences_of(results, cells))
         if not groups:
             remark(nothing_yet(results, loaded) or [f"no run satisfies {where}"])
         found = [{**group.key, **asdict(effect)} for group in groups for effect in group.effects]

@@ -5,15 +5,33 @@ Means over different rows do not compare: where rows differ they are taken anew,
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from analysis.rows import Row
+from analysis.rows import Row, some
+from analysis.tables import load_table
 from sweep.recovered import SUMS, causal_metrics
 from sweep.results import CAUSAL_METRICS
 
-__all__ = ["on_common_rows"]
+__all__ = ["in_all", "on_common_rows", "sequences_of"]
+
+
+def sequences_of(results: Path, runs: pl.DataFrame) -> pl.DataFrame | None:
+    """The table of sequences, where comparing these runs takes it: with baselines, or on common rows."""
+    numbers_of_rows = runs["n_causal_tokens"].drop_nulls()
+    if (runs["kind"] == "baseline").any() or numbers_of_rows.n_unique() > 1:
+        return load_table(results, "sequences").frame.collect()
+    return None
+
+
+def in_all(numbers: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The numbers that all of these have, rising."""
+    return reduce(np.intersect1d, numbers) if numbers else np.empty(0)
 
 
 def on_common_rows(rows: Sequence[Row], sequences: pl.DataFrame | None) -> tuple[list[Row], list[str]]:
@@ -27,9 +45,7 @@ def on_common_rows(rows: Sequence[Row], sequences: pl.DataFrame | None) -> tuple
     if len({row["n_causal_tokens"] for row in run}) < 2:
         return list(rows), []
     sums = {} if sequences is None else _sums([row["cell_id"] for row in run], sequences)
-    shared = np.array([], dtype=np.int64)
-    for i, part in enumerate(sums.values()):
-        shared = part["sequence"].to_numpy() if i == 0 else np.intersect1d(shared, part["sequence"].to_numpy())
+    shared = in_all([part["sequence"].to_numpy() for part in sums.values()])
     found = {cell_id: _metrics(part.filter(pl.col("sequence").is_in(shared))) for cell_id, part in sums.items()}
     none = dict.fromkeys(CAUSAL_METRICS)
     notes = []
@@ -41,8 +57,8 @@ def on_common_rows(rows: Sequence[Row], sequences: pl.DataFrame | None) -> tuple
         )
     if lost := [row["cell_id"] for row in run if row["cell_id"] not in found]:
         notes.append(
-            f"no cross-entropies of {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}: taken over other rows than "
-            "the rest's, and without sums per held-out sequence (table sequences)"
+            f"no cross-entropies of {some(lost)}: taken over other rows than the rest's, and without sums per held-out "
+            "sequence (table sequences)"
         )
     return [row | found.get(row["cell_id"], none) if row["n_causal_tokens"] else row for row in rows], notes
 

@@ -8,12 +8,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from analysis.common_rows import in_all
 from analysis.frontier import Array, Placement, Sums, frontier, place, tied
 
 __all__ = ["MEASURES", "PLACE_COLUMNS", "Measure", "Standing", "standings"]
@@ -183,18 +183,13 @@ def _series(rows: Sequence[Row], measure: Measure, sequences: pl.DataFrame) -> d
     arrays = {cell_id: part.to_numpy().T for (cell_id,), part in parts.items()}
     found = {name: [arrays[cell_id] for cell_id in seeds if cell_id in arrays] for name, seeds in ids.items()}
     if measure.on_some:
-        numbers = _numbers_of_all(list(arrays.values()))
+        numbers = in_all([series[0] for series in arrays.values()])
         found = {name: [_on(numbers, seed) for seed in seeds] for name, seeds in found.items()}
     return {
         name: np.mean(seeds, 0)
         for name, seeds in found.items()
         if len(seeds) == len(ids[name]) and _same_sequences(seeds) and np.isfinite(seeds).all()
     }
-
-
-def _numbers_of_all(series: Sequence[Series]) -> Array:
-    """The sequences that all have."""
-    return reduce(np.intersect1d, [one[0] for one in series]) if series else np.empty(0)
 
 
 def _on(numbers: Array, series: Series) -> Series:

@@ -23,7 +23,7 @@ import polars as pl
 
 from analysis.common_rows import on_common_rows
 from analysis.place import MEASURES, PLACE_COLUMNS, Standing, standings
-from analysis.rows import HISTORY, KEY, METRIC_NAMES, OPTIONS, Row, comparable, number, same_and_varying
+from analysis.rows import HISTORY, KEY, METRIC_NAMES, OPTIONS, Row, comparable, number, same_and_varying, some
 from analysis.spread import Spread, pooled
 from sweep.baselines.published import Published, published_for
 from sweep.config import frozen
@@ -251,18 +251,18 @@ def _notes(group: Group, varying: list[str], keys: Sequence[tuple[Any, ...]], sp
             yield f"no sums per held-out sequence of the frontier (table sequences): {ratio} without intervals"
         elif names := standing.unpaired:
             yield (
-                f"no interval of {ratio} for {_some(names)}: sums per held-out sequence missing or not "
+                f"no interval of {ratio} for {some(names)}: sums per held-out sequence missing or not "
                 "of the baselines' sequences (table sequences)"
             )
         words = standing.measure.words
         if names := [row["cell_id"] for row in group.rows if standing.loses_nothing(row)]:
-            yield f"no {words} at all by {_some(names)}: that has no ratio, and stands first where ratios order"
+            yield f"no {words} at all by {some(names)}: that has no ratio, and stands first where ratios order"
         if standing.best_loses_nothing:
             first = standing.on_frontier[-1]
             yield f"no {words} at all by the baseline {first}: nothing that is as dense has a ratio to it"
         unsettled = [row for row in group.rows if row["cell_id"] in standing.sequences and row[ratio] is not None]
         if names := [row["cell_id"] for row in unsettled if row[f"{ratio}_low"] is None]:
-            yield f"no interval of {ratio} for {_some(names)}: on too many draws of the sequences nothing is added"
+            yield f"no interval of {ratio} for {some(names)}: on too many draws of the sequences nothing is added"
     if not key["heldout_hash"] or not key["model_hash"]:
         yield "rows without heldout_hash or model_hash: nothing shows that they were measured on the same vectors"
 
@@ -278,12 +278,8 @@ def _unsure_of_seeds(group: Group, cells: Sequence[list[Row]]) -> Iterator[str]:
         if unsure := [row["cell_id"] for row, half in halves if abs(row[f"{name}_ratio"] - 1) <= half]:
             yield (
                 f"verdicts on {standing.measure.words} are about these transcoders; the spread of the seeds leaves "
-                f"open what other seeds would get: {_some(unsure)}"
+                f"open what other seeds would get: {some(unsure)}"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def records(groups: Sequence[Group], top: int | None = None) -> Iterator[Row]:

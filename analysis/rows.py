@@ -31,6 +31,7 @@ __all__ = [
     "comparable",
     "number",
     "same_and_varying",
+    "some",
 ]
 
 Row = dict[str, Any]
@@ -150,6 +151,11 @@ def compact(value: Any) -> str:
     if isinstance(value, str) and len(value) >= 40 and set(value) <= set("0123456789abcdef"):
         return value[:10]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def number(value: float | None) -> float:

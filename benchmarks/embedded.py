@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from sweep.activations import ActivationStream
@@ -23,6 +24,11 @@ COMPOSING = threading.Lock()
 
 def cell_of(overrides: Sequence[str]) -> Cell:
     """The cell that `python sweep_runner.py OVERRIDES` would train."""
+    return composed(tuple(overrides))
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> Cell:
     with COMPOSING:
         _, (cell,) = cells_of(overrides)
     return cell

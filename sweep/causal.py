@@ -143,9 +143,9 @@ def causal_effects(
             report("splice", part.start + (part.stop - part.start) * words.stop // on.model.vocabulary, n_rows, "rows")
         for name, of_cell in sums.items():
             hook, spliced = predictors[name][0].hook_names[1], passes[name]
-            for key, one in zip(SUMS, (clean, spliced, passes[hook, "zero"], passes[hook, "mean"]), strict=False):
-                of_cell[key].append(one.cross_entropy())
-            of_cell["kl"].append(spliced.divergence(clean))
+            entropies = (one.cross_entropy() for one in (clean, spliced, passes[hook, "zero"], passes[hook, "mean"]))
+            for key, found in zip(SUMS, (*entropies, spliced.divergence(clean)), strict=True):
+                of_cell[key].append(found)
     return {
         name: Effect(seq_len - 2, **{key: torch.cat(parts).cpu() for key, parts in of_cell.items()})
         for name, of_cell in sums.items()

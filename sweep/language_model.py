@@ -285,7 +285,7 @@ class LanguageModel:
     def _all_layers(self) -> list[torch.nn.Module]:
         """Modules that hold all layers, each inside the one before it: a model calls one of them."""
         network = self._bridge.original_model
-        return [network.base_model, network.get_decoder()]
+        return list(dict.fromkeys([network.base_model, network.get_decoder()]))  # most have one
 
     def _kept(self, tensor: Float[Tensor, "rows seq *width"]) -> Float[Tensor, "rows seq-1 *width"]:
         """A contiguous copy without position 0, in the dtype of activations."""
@@ -394,5 +394,5 @@ def answering(modules: Collection[torch.nn.Module], answer: Any) -> Iterator[Non
     try:
         yield
     finally:
-        for module in set(modules):
+        for module in modules:
             del module.forward

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,10 @@ def file_documents(data: Data) -> Iterator[str]:
     if data.dataset_path is None:
         raise DataError(f"dataset_path=null: {data.dataset} is a file; set dataset_path=<.txt, .jsonl or .parquet>")
     path = Path(data.dataset_path)
-    try:
+    with reading(path):
         if sha256_of_file(path) != data.dataset_revision:
             raise DataError(f"dataset_path={path} changed since this cell was planned; start the sweep again")
         yield from FILE_KINDS[path.suffix](path, data.text_column)
-    except OSError as error:
-        raise DataError(f"dataset_path={path} cannot be read: {error}") from error
 
 
 def check_beginning(data: Data) -> None:
@@ -136,9 +135,16 @@ def check_beginning(data: Data) -> None:
     if data.dataset_format != "file" or data.dataset_path is None:
         return
     path = Path(data.dataset_path)
-    try:
+    with reading(path):
         if next(FILE_KINDS[path.suffix](path, data.text_column), None) is None:
             raise DataError(f"dataset_path={path} is empty: it holds no document; name a file with text")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """An OSError becomes a DataError that names the file."""
+    try:
+        yield
     except OSError as error:
         raise DataError(f"dataset_path={path} cannot be read: {error}") from error
 

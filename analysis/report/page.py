@@ -11,6 +11,7 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.common_rows import sequences_of
 from analysis.effects import effects
 from analysis.query import where as chosen_by
 from analysis.rank import rank
@@ -81,7 +82,7 @@ def report(results: Path, request: Request) -> tuple[str, list[str]]:
 
 def _places(results: Path, runs: pl.DataFrame, sweeps: Sequence[Sweep], remarks: list[str]) -> list[Place]:
     """The groups of a ranking, each with all that is drawn of it. What could not be read is added to the remarks."""
-    sequences = load_table(results, "sequences").frame.collect()
+    sequences = sequences_of(results, runs)
     groups = rank(runs, sequences=sequences)
     rows = list(comparable(runs).values())
     changes = {tuple(found.key.values()): found for found in effects(runs, sequences)}
