@@ -84,10 +84,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """What a power cut does: its daemon and all its processes are gone at once, and nobody is told."""
         self._end(node, signal.SIGKILL)
-        steps_first = sorted(self.processes(node), key=lambda process: not is_step(process))
-        for process in steps_first:  # a step that sees its job die would tell Slurm
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._kill_processes(node)
 
     def cut_off_node(self, node: str) -> None:
         """What a broken switch does: Slurm hears nothing of the node, the job there goes on."""
@@ -137,10 +134,20 @@ class Cluster:
         self.run("scancel", "--user", user(), check=False)
         for name in list(self.daemons):
             self._end(name, signal.SIGKILL)
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._kill_processes()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _kill_processes(self, node: str = "") -> None:
+        """Kill until none is left: a killed one takes a moment to die, and may have forked before."""
+
+        def all_dead() -> bool:
+            alive = sorted(self.processes(node), key=lambda process: not is_step(process))
+            for process in alive:  # steps first: one that sees its job die would tell Slurm
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return not alive
+
+        wait_for(all_dead, "the killed processes to be gone")
 
     def _job_node(self, process: psutil.Process) -> str:
         environment = process.environ()
