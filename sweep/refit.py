@@ -2,13 +2,13 @@
 
 Which latents are active, and how strongly, depends on the encoder alone. With that given the loss of the nested
 prefixes is a quadratic function of everything after it, and Adam stops some way above its minimum. So it is solved as
-in the method of optimal directions (Engan et al. 1999), by conjugate gradients from the trained weights, on the first
-batches of the training stream. A latent is active in a few hundred of their tokens and has more weights than that, so
-its decoder row is held to the trained one by a prior: ridge regression, centred there, with the calibration split's
-loss for the variance of noise. Once that stops falling, so do the iterations.
+in the method of optimal directions (Engan et al. 1999), on the first batches of the training stream. What all tokens
+share, the linear map and the bias, is eliminated; decoder rows follow by conjugate gradients from the trained ones. A
+latent is active in a few hundred tokens and has more weights than that, so its row is held to the trained one by a
+prior: ridge regression, centred there, with the calibration split's loss for the variance of noise. Iterations end
+where that loss has stopped falling.
 
-A matrix of `weights` holds, row by row, the decoder of each latent, then what all tokens share: the linear map, if
-there is one, and the bias.
+A matrix of `weights` holds, row by row, the decoder of each latent, then what all tokens share.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sweep.chunks import consecutive
@@ -39,8 +39,11 @@ three to five times as long."""
 PRIOR_VARIANCE = 14.0
 """Of a decoder weight about its trained value, as a multiple of the mean square of all."""
 
-DAMPING = 1e-4
-"""What is added to the second moments of the source before dividing by them, as a share of their mean."""
+WORTHWHILE = 1e-3
+"""An iteration that lowers the calibration split's loss by a smaller share of it is the last."""
+
+DAMPING = 1e-5
+"""What is added to each second moment, as a share of it: more than it may be off by in float32."""
 
 Weights = Float[Tensor, "n_rows d_out"]
 """For all or some dimensions of the target."""
@@ -76,9 +79,11 @@ def refit(
     normal = Normal.of(designs, capacity, prior=noise / spread if spread else 0.0)
     for done, weights in enumerate(islice(iterates(normal, columns, trained), n_iterations), 1):
         tick(done)
-        if not (found := loss(weights)) < least:
+        before, found = least, loss(weights)
+        if found < least:
+            best, least = weights, found
+        if not least < (1 - WORTHWHILE) * before:
             break
-        best, least = weights, found
     tick(n_iterations)
     return unstacked(torch.cat(best, dim=1), params)
 
@@ -101,23 +106,33 @@ def in_columns(weights: Weights) -> Iterator[tuple[slice, Weights]]:
 class Fit:
     """Conjugate gradients for some dimensions of the target, each of which is a problem of its own."""
 
-    def __init__(self, normal: "Normal", columns: slice, weights: Weights) -> None:
-        self.weights, self._normal = weights, normal
-        self._residual = torch.zeros_like(weights)
+    def __init__(self, normal: "Normal", columns: slice, trained: Weights) -> None:
+        self._normal, self._trained = normal, trained
+        residual = torch.zeros_like(trained)
         for design in normal.designs:
-            design.add_back(design.errors(weights, columns), self._residual)
-        self._direction = normal.divided(self._residual)
+            design.add_back(design.errors(trained, columns), residual)
+        of_latents, of_shared = normal.parts(residual)
+        self._whitened = normal.whiten(of_shared)
+        self._residual = of_latents.addmm_(normal.explained.T, self._whitened, alpha=-1)
+        self._change = torch.zeros_like(of_latents)
+        self._direction = self._residual / normal.power
         self._power = (self._residual * self._direction).sum(dim=0)
 
     def advance(self) -> None:
         """One iteration."""
         curved = self._normal.times(self._direction)
         length = ratio(self._power, (self._direction * curved).sum(dim=0))
-        self.weights = self.weights + length * self._direction
+        self._change += length * self._direction
         self._residual -= length * curved
-        towards = self._normal.divided(self._residual)
+        towards = self._residual / self._normal.power
         before, self._power = self._power, (self._residual * towards).sum(dim=0)
         self._direction = towards + ratio(self._power, before) * self._direction
+
+    @property
+    def weights(self) -> Weights:
+        """Of latents as far as they have come, and with them the best of what tokens share."""
+        shared = self._normal.unwhiten(self._whitened - self._normal.explained @ self._change)
+        return self._trained + torch.cat([self._change, shared])
 
 
 @dataclass(frozen=True)
@@ -194,19 +209,22 @@ class Design:
 
 @dataclass(frozen=True)
 class Normal:
-    """The quadratic function's matrix, whose largest block, that of two latents, is only ever applied.
+    """The quadratic function's matrix, once what tokens share is solved for: a function of the latents' rows alone.
 
-    `crossed` is the block of a latent and what is shared, `moments` that of what is shared.
+    With A the block of latents, C that of latents and what is shared, and M = L L^T (Cholesky) that of what is shared,
+    it is A - C M^-1 C^T, the Schur complement: the latents without what the source and a constant explain of them
+    (Frisch and Waugh 1933). A is only ever applied.
     """
 
     designs: Sequence[Design]
-    crossed: Float[Tensor, "dict_size n_shared"]
-    moments: Float[Tensor, "n_shared n_shared"]
-    prior: float
-    """What the prior adds to the diagonal of latents. At the trained weights, where fits begin, it has no gradient."""
-    power: Float[Tensor, " dict_size"]
-    """Of two equal latents: the diagonal, prior included."""
-    inverse: Float[Tensor, "n_shared n_shared"]
+    explained: Float[Tensor, "n_shared dict_size"]
+    """L^-1 C^T."""
+    root: Float64[Tensor, "n_shared n_shared"]
+    """L."""
+    held: Float[Tensor, "dict_size 1"]
+    """What prior and damping add to the diagonal. At the trained weights, where fits begin, they have no gradient."""
+    power: Float[Tensor, "dict_size 1"]
+    """The diagonal, by which residuals are divided: the preconditioner."""
 
     @classmethod
     def of(cls, designs: Sequence[Design], capacity: Capacity, prior: float) -> "Normal":
@@ -222,37 +240,45 @@ class Normal:
         weight = power.new_zeros(capacity.dict_size)
         for end, share in zip(capacity.groups, capacity.shares, strict=True):
             weight[:end] += share
-        damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
-        return cls(
-            designs,
-            crossed=crossed.mul_(weight.unsqueeze(1)),
-            moments=moments.to(power),
-            prior=prior,
-            power=(power * weight + prior).clamp_min(torch.finfo(power.dtype).tiny),
-            inverse=torch.linalg.inv(damped).to(power),
-        )
+        power *= weight
+        crossed *= weight.unsqueeze(1)
+        root = damped_root(moments)
+        explained = torch.cat([whitened(root, part) for _, part in in_columns(crossed.T)], dim=1)
+        held = (DAMPING * power + prior).clamp_min(torch.finfo(power.dtype).tiny)
+        left = (power - explained.square().sum(dim=0)).clamp_min(0) + held
+        return cls(designs, explained, root, held.unsqueeze(1), left.unsqueeze(1))
 
-    def times(self, weights: Weights) -> Weights:
-        product = torch.empty_like(weights)
-        latents, shared = self._parts(weights)
-        of_latents, of_shared = self._parts(product)
-        torch.mm(self.crossed, shared, out=of_latents).add_(latents, alpha=self.prior)
-        torch.mm(self.crossed.T, latents, out=of_shared).addmm_(self.moments, shared)
+    def times(self, latents: Weights) -> Weights:
+        product = latents * self.held
+        product.addmm_(self.explained.T, self.explained @ latents, alpha=-1)
         for design in self.designs:
-            design.add_to_latents(design.decoded(latents), of_latents)
+            design.add_to_latents(design.decoded(latents), product)
         return product
 
-    def divided(self, weights: Weights) -> Weights:
-        """By each latent's own power, and by the damped moments; what is never active stays as it is."""
-        quotient = torch.empty_like(weights)
-        (latents, shared), (of_latents, of_shared) = self._parts(weights), self._parts(quotient)
-        torch.div(latents, self.power.unsqueeze(1), out=of_latents)
-        torch.mm(self.inverse, shared, out=of_shared)
-        return quotient
+    def whiten(self, shared: Weights) -> Weights:
+        """L^-1 times a residual of what is shared."""
+        return whitened(self.root, shared)
 
-    def _parts(self, weights: Weights) -> tuple[Tensor, Tensor]:
+    def unwhiten(self, shared: Weights) -> Weights:
+        """L^-T times it: the change of weights that leaves none of that residual."""
+        change: Tensor = torch.linalg.solve_triangular(self.root.T, shared.double(), upper=True)
+        return change.to(shared)
+
+    def parts(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """Those of latents, and those of what is shared."""
         return weights[: len(self.power)], weights[len(self.power) :]
+
+
+def damped_root(moments: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """The Cholesky factor, where directions in which sources do not vary have some power, too."""
+    damping = (DAMPING * moments.diagonal()).clamp_min(torch.finfo(moments.dtype).tiny)
+    root: Tensor = torch.linalg.cholesky(moments + damping.diag())
+    return root
+
+
+def whitened(root: Float64[Tensor, "n n"], shared: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    quotient: Tensor = torch.linalg.solve_triangular(root, shared.double(), upper=False)
+    return quotient.to(shared)
 
 
 def in_chunks(

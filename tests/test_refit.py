@@ -1,7 +1,7 @@
 """Decoder, bias and linear map in closed form, against references that hold every latent of every token."""
 
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import pytest
@@ -23,8 +23,9 @@ N, D_IN, D_OUT = 300, 7, 5
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", 70)
+    monkeypatch.setattr(module, "DAMPING", 0.0)  # moments are exact in float64
     monkeypatch.setattr(active, "MIN_BLOCK", 7)
     for rule in active.BLOCK_BYTES:
         monkeypatch.setitem(active.BLOCK_BYTES, rule, 2000)
@@ -130,6 +131,34 @@ def test_each_iteration_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("options", CASES)
+def test_what_tokens_share_is_always_the_best_for_the_latents(options: dict[str, Any]) -> None:
+    params, capacity, data, threshold = case(**options)
+    x, y = design(params, capacity, data)
+    for n in (1, 2):
+        left = y - x @ stacked(fitted(params, capacity, threshold, data, n, prior=2.0))
+        torch.testing.assert_close(x[:, 24:].T @ left, torch.zeros_like(x[:1, 24:].T @ left[:1]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 100.0, 1000.0])
+def test_sources_and_latents_that_repeat_each_other_do_no_harm(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # in float32, with what damps there
+    params, capacity, data, _ = case(skip=True, activation="batch_top_k")
+    params, source = params.map(lambda tensor: tensor.float()), data.source.float()
+    source[:, 1], source[:, 2], source[:, 3] = source[:, 0], 0.0, offset + source[:, 4]
+    params.W_enc[:, :2], params.b_enc[:2] = 0.0, 100.0
+    params.W_enc[4, :2] = 1.0  # two equal latents, always active
+    designs = list(in_chunks(params, capacity, 0.0, Activations(source, data.target.float())))
+    columns, trained = zip(*in_columns(stacked(params)), strict=True)
+
+    def loss(weights: tuple[Tensor, ...]) -> float:
+        return sum(one.loss(*part) for one in designs for part in zip(weights, columns, strict=True))
+
+    losses = [loss(weights) for weights in islice(iterates(Normal.of(designs, capacity, 0.0), columns, trained), 10)]
+    assert losses[-1] < 1e-3 * loss(trained)
+    assert losses[-1] < 1.01 * min(losses)
+
+
+@pytest.mark.parametrize("options", CASES)
 def test_the_prior_is_that_of_the_noise_on_calibration_and_each_iteration_is_told(options: dict[str, Any]) -> None:
     params, capacity, data, threshold = case(**options)
     told: list[int] = []
@@ -160,6 +189,20 @@ def test_it_stops_where_calibration_gets_no_better() -> None:
     unnested = replace(capacity, groups=(24,))
     found = refit(params, unnested, threshold, data, as_trained, 50)
     assert all(torch.equal(a, b) for a, b in zip(found.tensors(), params.tensors(), strict=True))
+
+
+def test_it_stops_where_an_iteration_gains_little() -> None:
+    params, capacity, data, threshold = case(skip=True)
+    x, y = design(params, capacity, data)
+    told: list[int] = []
+    found = refit(params, capacity, threshold, data, data, 50, told.append)
+    last = told[-2]
+    each = [fitted(params, capacity, threshold, data, n, prior_of(params, x, y)) for n in range(last + 1)]
+    losses = [float((x @ stacked(one) - y).square().sum()) for one in each]
+    gains = [1 - after / before for before, after in pairwise(losses)]
+    assert 1 < last < 20 and told[-1] == 50
+    assert gains[-1] < module.WORTHWHILE <= min(gains[:-1])
+    torch.testing.assert_close(stacked(found), stacked(each[-1] if gains[-1] > 0 else each[-2]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_finished_cell_is_fitted_where_its_schedule_asks_for_it() -> None:
