@@ -138,11 +138,11 @@ def layers(options: Sequence[str], cache: Path, n_cells: int) -> Row:
 def cache_speed(options: Sequence[str], cache: Path, n_cells: int) -> Row:
     cell = cell_of([*BUDGET, *options])
     stream = prepare([cell], cache).stream
-    blocks = list(range(stream.n_blocks))
+    blocks = list(range(stream.epochs.n_blocks))
     stream.blocks.read("train", blocks, stream.sites)  # harvested where they are not there yet
     again = prepare([cell], cache).stream
     read_s = seconds(lambda: [again.blocks.read("train", [block], again.sites) for block in blocks])
-    return {"d": cell.model.d_in, "tokens_per_second": stream.epoch_tokens / read_s}
+    return {"d": cell.model.d_in, "tokens_per_second": stream.epochs.epoch_tokens / read_s}
 
 
 def pairs(options: Sequence[str], cache: Path, n_cells: int) -> Row:

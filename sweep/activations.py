@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sweep.config import Site, StreamConfig
+from sweep.epochs import BLOCKS_PER_WINDOW, Epochs
 from sweep.language_model import Activations
-from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK
 
 __all__ = ["ActivationStream", "Batch", "Blocks", "Demand", "Read", "permutation"]
 
@@ -51,11 +51,7 @@ class ActivationStream:
         self.config = config
         self.blocks = blocks
         self.sites = tuple(sites)
-        self.n_blocks = blocks.count("train")
-        self.block_tokens = ROWS_PER_BLOCK * (config.data.seq_len - 1)
-        self.window_tokens = BLOCKS_PER_WINDOW * self.block_tokens
-        self.epoch_tokens = self.n_blocks * self.block_tokens
-        self.windows_per_epoch = -(-self.n_blocks // BLOCKS_PER_WINDOW)
+        self.epochs = Epochs(blocks.count("train"), config.data.seq_len)
         self._held: Window | None = None
         self._buffers: Batch = {}
 
@@ -68,7 +64,7 @@ class ActivationStream:
         begin, end = i * self.config.batch_size, (i + 1) * self.config.batch_size
         pieces = []
         while begin < end:
-            number, offset = self._locate(begin)
+            number, offset = self.epochs.locate(begin)
             window = self._window(number)
             take = window.order[offset : offset + end - begin]
             pieces.append({site: select_tokens(window.batch[site], take) for site in self.sites})
@@ -91,17 +87,15 @@ class ActivationStream:
         """What the first `n_batches` batches, the first `n_again` once more, calibration and evaluation ask of the
         blocks."""
         blocks, n_train = self._asked_by(n_batches)
-        _, n_repeated = self._asked_by(n_again) if n_again else (set(), 0)
+        _, n_repeated = self._asked_by(n_again)
         others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
         return Demand(frozenset([*(("train", block) for block in blocks), *others]), n_train + n_repeated + len(others))
 
     def _asked_by(self, n_batches: int) -> tuple[set[int], int]:
         """The training blocks that the first batches need, and how many times one is read for them."""
-        last, _ = self._locate(n_batches * self.config.batch_size - 1)
-        full_epochs, windows_of_last = divmod(last + 1, self.windows_per_epoch)
-        started = [self._blocks_of(full_epochs * self.windows_per_epoch + w) for w in range(windows_of_last)]
-        blocks = set(range(self.n_blocks)) if full_epochs else {block for window in started for block in window}
-        return blocks, full_epochs * self.n_blocks + sum(map(len, started))
+        n_tokens = n_batches * self.config.batch_size
+        first_epoch = range(min(self.epochs.n_windows(n_tokens), self.epochs.windows_per_epoch))
+        return {block for window in first_epoch for block in self._blocks_of(window)}, self.epochs.n_reads(n_tokens)
 
     def _window(self, number: int) -> "Window":
         """Window `number`, counted over all epochs. The last one read is kept."""
@@ -116,7 +110,7 @@ class ActivationStream:
     def _gathered(self, site: Site, parts: list[Activations]) -> Activations:
         """The parts end to end, in memory kept from window to window: fresh pages cost more than the copy."""
         if site not in self._buffers:
-            n_tokens = min(self.window_tokens, self.epoch_tokens)
+            n_tokens = min(self.epochs.window_tokens, self.epochs.epoch_tokens)
             self._buffers[site] = Activations(*(tensor.new_empty(n_tokens, tensor.shape[1]) for tensor in parts[0]))
         n_tokens = sum(len(part.source) for part in parts)
         window = Activations(*(buffer[:n_tokens] for buffer in self._buffers[site]))
@@ -124,20 +118,14 @@ class ActivationStream:
         torch.cat([part.target for part in parts], out=window.target)
         return window
 
-    def _locate(self, position: int) -> tuple[int, int]:
-        """The window that holds a position of the endless token sequence, and the offset in it."""
-        epoch, inside = divmod(position, self.epoch_tokens)
-        window, offset = divmod(inside, self.window_tokens)
-        return epoch * self.windows_per_epoch + window, offset
-
     def _blocks_of(self, window: int) -> list[int]:
-        epoch, index = divmod(window, self.windows_per_epoch)
-        order = permutation(self.n_blocks, self.config.data.data_seed, epoch, 0)
+        epoch, index = divmod(window, self.epochs.windows_per_epoch)
+        order = permutation(self.epochs.n_blocks, self.config.data.data_seed, epoch, 0)
         return [int(block) for block in order[index * BLOCKS_PER_WINDOW : (index + 1) * BLOCKS_PER_WINDOW]]
 
     def _order(self, window: int) -> NDArray[np.int64]:
-        epoch, index = divmod(window, self.windows_per_epoch)
-        n_tokens = len(self._blocks_of(window)) * self.block_tokens
+        epoch, index = divmod(window, self.epochs.windows_per_epoch)
+        n_tokens = len(self._blocks_of(window)) * self.epochs.block_tokens
         return permutation(n_tokens, self.config.data.data_seed, epoch, index + 1)
 
 

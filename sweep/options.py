@@ -115,6 +115,8 @@ class Workflow:
             yield f"baselines_l0={self.baselines_l0} is no L0; choose all, lowest, nearest:<number> or a number"
         for key in ("results_dir", "cache_dir", "baselines_dir", "baselines_width"):
             yield from not_text(key, getattr(self, key) or "")
+        if self.baselines == "none" and self.baselines_dir is not None:
+            yield f"baselines_dir={self.baselines_dir} has nobody to read it; add baselines=gemma_scope"
         if self.baselines_revision is not None and not re.fullmatch(r"[\w.-]{1,100}", self.baselines_revision):
             yield f"baselines_revision={self.baselines_revision} is no commit"
         for key in ("results_dir", "cache_dir"):

@@ -30,7 +30,6 @@ from sweep.revisions import read_json, sha256_of_file
 from sweep.text import documents
 
 __all__ = [
-    "BLOCKS_PER_WINDOW",
     "BUDGETS",
     "ROWS_PER_BLOCK",
     "TOKENS_VERSION",
@@ -52,9 +51,6 @@ TXT = ", and documents of a .txt file are what blank lines separate"
 
 ROWS_PER_BLOCK = 16
 """Rows that go through the language model at once; train holds whole blocks."""
-
-BLOCKS_PER_WINDOW = 8
-"""Blocks that are shuffled together: 128 sequences mix well and 16k tokens fit any memory."""
 
 DOCUMENTS_PER_BATCH = 64
 """Documents given to the tokenizer at once. Changes nothing but speed, and how far is read beyond the end."""

@@ -12,8 +12,9 @@ from make import make_cell, make_site
 
 from sweep.activations import ActivationStream, Batch, permutation
 from sweep.config import Site
+from sweep.epochs import BLOCKS_PER_WINDOW
 from sweep.language_model import Activations
-from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK
+from sweep.tokens import ROWS_PER_BLOCK
 
 SITE, OTHER = make_site(layer=1), make_site(layer=2)
 SEQ = 5

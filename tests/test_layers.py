@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
     {"sweep.baselines.hub", "sweep.baselines.header", "sweep.leftovers"},
     {"sweep.bfloat16", "sweep.devices"},
     {"sweep.tokens", "sweep.model_files", "sweep.transcoder"},
-    {"sweep.cached", "sweep.schedule", "sweep.baselines.wanted"},
+    {"sweep.cached", "sweep.schedule", "sweep.epochs", "sweep.baselines.wanted"},
     {"sweep.cache"},
     {"sweep.language_model", "sweep.state", "sweep.baselines.gemma_scope"},
     {
@@ -105,6 +105,7 @@ TORCH_FREE = {
         "sweep.config", "sweep.paths",
         "sweep.attempt", "sweep.leftovers", "sweep.cached", "sweep.cache", "sweep.failures", "sweep.pulse",
         "sweep.options", "sweep.status", "sweep.provenance", "sweep.summary", "sweep.results", "sweep.schedule",
+        "sweep.epochs",
         "sweep.recovered", "sweep.secrets", "sweep.stdout", "sweep.text", "sweep.tokens", "sweep.saved",
         "sweep.__main__",
     }

@@ -233,6 +233,7 @@ def test_options_schema_holds_every_option_once() -> None:
     ("overrides", "message"),
     [
         ({"device": "tpu"}, "device=tpu is not a device"),
+        ({"baselines_dir": "google"}, "baselines_dir=google has nobody to read it; add baselines=gemma_scope"),
         ({"checkpoint_steps": -1}, "checkpoint_steps=-1 must be at least 0"),
         ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan must be at least 0"),
         ({"device": "cuda:\u00b2"}, "is not a device"),

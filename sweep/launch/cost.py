@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from sweep.cached import Cached, Processor
 from sweep.config import Cell, Model, Site, StreamConfig
+from sweep.epochs import BLOCKS_PER_WINDOW, Epochs
 from sweep.schedule import n_refit_batches
-from sweep.tokens import BLOCKS_PER_WINDOW, ROWS_PER_BLOCK, row_bytes, row_counts
+from sweep.tokens import ROWS_PER_BLOCK, row_bytes, row_counts
 
 __all__ = ["Beside", "Cost", "Setting", "gang_cost", "machine_flops", "training_flops"]
 
@@ -44,8 +45,9 @@ ACTIVATIONS_IN_FLIGHT = 20
 LATENT_ENTRY_BYTES = 64
 """An active latent in the sparse step: its place, value and gradient, and their sorted copies."""
 
-REFIT_MATRICES = 7
-"""Weights, the best of them, residuals, directions and what they turn into, by latent."""
+REFIT_MATRICES = 8
+"""By latent: weights as trained, as found and the best of them, what the source explains, changes, residuals,
+directions and what those turn into."""
 
 DENSE_LATENTS = 7
 """Tensors of batch x dict_size that the dense step holds at once as it runs on a GPU (6.6, measured on a CPU)."""
@@ -157,22 +159,18 @@ def reads(gang: Sequence[Cell], setting: Setting, others: Collection[Site], *, k
     """
     stream = gang[0].stream
     rows, seq_len = row_counts(stream.data), stream.data.seq_len
-    n_blocks = rows["train"] // ROWS_PER_BLOCK
-    window_tokens = BLOCKS_PER_WINDOW * ROWS_PER_BLOCK * (seq_len - 1)
-    n_tokens = max(cell.schedule.steps for cell in gang) * stream.batch_size
-    if not n_tokens:  # cells that are done are not calibrated again
+    epochs = Epochs(rows["train"] // ROWS_PER_BLOCK, seq_len)
+    n_steps = max(cell.schedule.steps for cell in gang)
+    n_reads = epochs.n_reads(n_steps * stream.batch_size)
+    if not n_steps:  # cells that are done are not calibrated again
         rows = {**rows, "calibration": 0}
-    epochs, rest = divmod(n_tokens, rows["train"] * (seq_len - 1))
-    of_last = min(-(-rest // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
     if not keeps:
-        n_again = max(map(n_refit_batches, gang)) * stream.batch_size
-        again = min(-(-n_again // window_tokens) * BLOCKS_PER_WINDOW, n_blocks)
-        train = (epochs * n_blocks + of_last + again) * ROWS_PER_BLOCK
-        return (train + rows["calibration"] + rows["heldout"]) * seq_len, 0
+        n_reads += epochs.n_reads(max(map(n_refit_batches, gang)) * stream.batch_size)
+        return (n_reads * ROWS_PER_BLOCK + rows["calibration"] + rows["heldout"]) * seq_len, 0
     sites = {cell.site for cell in gang}
     there = setting.cached.n_blocks(stream, sites, setting.processor)
     there["heldout"] = setting.cached.n_blocks(stream, sites | {*others}, setting.processor)["heldout"]
-    needed = {**rows, "train": (n_blocks if epochs else of_last) * ROWS_PER_BLOCK}
+    needed = {**rows, "train": min(n_reads, epochs.n_blocks) * ROWS_PER_BLOCK}
     missing = sum(max(n - there[split] * ROWS_PER_BLOCK, 0) for split, n in needed.items())
     return missing * seq_len, (sum(needed.values()) - missing) * seq_len
 
