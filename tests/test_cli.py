@@ -139,6 +139,8 @@ def test_plan_shows_duplicates_and_they_run_once(tmp_path: Path) -> None:
         (["hydra/sweeper=basic"], 2, "choose hydra/sweeper=grid"),
         (["-m", "experiment=smoke,null"], 2, "experiment=smoke,null is no preset; choose one of improved, options"),
         (["schedule=3"], 2, "schedule=3 is no preset; choose one of base, improved, tuned"),
+        (["~schedule"], 2, "lr is missing; leave ~schedule out"),
+        (["lr=???"], 2, "lr is missing; give it a value"),
         (["hydra.launcher=null"], 2, "hydra.launcher=null leaves nothing to run jobs with"),
         (["--resolve"], 2, "can only be used in conjunction with --cfg"),
         (["-m", "seed=range(3,0)"], 2, "seed=range(3,0) stands for no value"),

@@ -5,7 +5,7 @@ import sys
 from typing import Any, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sweep.launch.help import GROUPS, presets_of
 from sweep.launch.machine import LocalOptions
@@ -38,8 +38,16 @@ def in_our_words(error: Exception) -> str:
         types = _types()
         return must_be(key, value, types[key]) if key in types else not_an_option(key, value, types)
     if isinstance(cause := error.__cause__ or error, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {str(cause).partition('full_key:')[0]}".strip()
+        return of_a_value(cause)
     return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def of_a_value(error: OmegaConfBaseException) -> str:
+    """Of one whose key OmegaConf names."""
+    if isinstance(error, MissingMandatoryValue):
+        taken_away = " ".join(word for word in sys.argv if word.startswith("~"))
+        return f"{error.full_key} is missing; " + (f"leave {taken_away} out" if taken_away else "give it a value")
+    return f"{error.full_key}: {str(error).partition('full_key:')[0]}".strip()
 
 
 def of_a_plain_error(text: str) -> str:
