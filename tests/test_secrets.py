@@ -44,7 +44,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.C
         "HF_HOME": str(root / "hub"),
     }
     words = ["model=tiny,gpt2", "layer=1", "lr=1e-3,2e-3", "dict_size=64", "top_k=4", "steps=6", "n_causal_rows=0",
-             "results_dir=out", f"baselines_dir='http://me:{MARKER}@host/x'"]  # fmt: skip
+             "results_dir=out", f"baselines_width='http://me:{MARKER}@host/x'"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(ROOT / "sweep_runner.py"), "-m", *words],
         cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False,
