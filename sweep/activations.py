@@ -86,16 +86,12 @@ class ActivationStream:
     def demand(self, n_batches: int, n_again: int = 0) -> "Demand":
         """What the first `n_batches` batches, the first `n_again` once more, calibration and evaluation ask of the
         blocks."""
-        blocks, n_train = self._asked_by(n_batches)
-        _, n_repeated = self._asked_by(n_again)
-        others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
-        return Demand(frozenset([*(("train", block) for block in blocks), *others]), n_train + n_repeated + len(others))
-
-    def _asked_by(self, n_batches: int) -> tuple[set[int], int]:
-        """The training blocks that the first batches need, and how many times one is read for them."""
-        n_tokens = n_batches * self.config.batch_size
+        n_tokens, n_tokens_again = (n * self.config.batch_size for n in (n_batches, n_again))
+        n_reads = self.epochs.n_reads(n_tokens) + self.epochs.n_reads(n_tokens_again)
         first_epoch = range(min(self.epochs.n_windows(n_tokens), self.epochs.windows_per_epoch))
-        return {block for window in first_epoch for block in self._blocks_of(window)}, self.epochs.n_reads(n_tokens)
+        train = [("train", block) for window in first_epoch for block in self._blocks_of(window)]
+        others = [(split, block) for split in ("calibration", "heldout") for block in range(self.blocks.count(split))]
+        return Demand(frozenset([*train, *others]), n_reads + len(others))
 
     def _window(self, number: int) -> "Window":
         """Window `number`, counted over all epochs. The last one read is kept."""

@@ -70,22 +70,23 @@ def refit(
         tick(0)
     judges = list(in_chunks(params, capacity, threshold, calibration))
     columns, trained = zip(*in_columns(stacked(params)), strict=True)
-
-    def loss(weights: Sequence[Weights]) -> float:
-        return sum(judge.loss(*part) for judge in judges for part in zip(weights, columns, strict=True))
-
-    best, least = trained, loss(trained)
+    best, least = trained, loss(judges, trained, columns)
     noise, spread = least / calibration.target.numel(), PRIOR_VARIANCE * float(params.W_dec.square().mean())
     normal = Normal.of(designs, capacity, prior=noise / spread if spread else 0.0)
     for done, weights in enumerate(islice(iterates(normal, columns, trained), n_iterations), 1):
         tick(done)
-        before, found = least, loss(weights)
+        before, found = least, loss(judges, weights, columns)
         if found < least:
             best, least = weights, found
         if not least < (1 - WORTHWHILE) * before:
             break
     tick(n_iterations)
     return unstacked(torch.cat(best, dim=1), params)
+
+
+def loss(designs: Sequence["Design"], weights: Sequence[Weights], columns: Sequence[slice]) -> float:
+    """What is minimised but for the prior, over the tokens of all designs."""
+    return sum(design.loss(*part) for design in designs for part in zip(weights, columns, strict=True))
 
 
 def iterates(normal: "Normal", columns: Sequence[slice], trained: Sequence[Weights]) -> Iterator[tuple[Weights, ...]]:
@@ -97,10 +98,10 @@ def iterates(normal: "Normal", columns: Sequence[slice], trained: Sequence[Weigh
         yield tuple(fit.weights for fit in fits)
 
 
-def in_columns(weights: Weights) -> Iterator[tuple[slice, Weights]]:
-    """Some dimensions of the target at a time, each contiguous."""
-    for columns in consecutive(weights.shape[1], COLUMNS):
-        yield columns, weights[:, columns].contiguous()
+def in_columns(matrix: Float[Tensor, "m n"]) -> Iterator[tuple[slice, Float[Tensor, "m _"]]]:
+    """Some columns at a time, contiguous."""
+    for columns in consecutive(matrix.shape[1], COLUMNS):
+        yield columns, matrix[:, columns].contiguous()
 
 
 class Fit:
@@ -111,8 +112,8 @@ class Fit:
         residual = torch.zeros_like(trained)
         for design in normal.designs:
             design.add_back(design.errors(trained, columns), residual)
-        of_latents, of_shared = normal.parts(residual)
-        self._whitened = normal.whiten(of_shared)
+        of_latents, of_shared = residual.tensor_split([len(normal.power)])
+        self._whitened = whitened(normal.root, of_shared)
         self._residual = of_latents.addmm_(normal.explained.T, self._whitened, alpha=-1)
         self._change = torch.zeros_like(of_latents)
         self._direction = self._residual / normal.power
@@ -131,7 +132,7 @@ class Fit:
     @property
     def weights(self) -> Weights:
         """Of latents as far as they have come, and with them the best of what tokens share."""
-        shared = self._normal.unwhiten(self._whitened - self._normal.explained @ self._change)
+        shared = unwhitened(self._normal.root, self._whitened - self._normal.explained @ self._change)
         return self._trained + torch.cat([self._change, shared])
 
 
@@ -255,19 +256,6 @@ class Normal:
             design.add_to_latents(design.decoded(latents), product)
         return product
 
-    def whiten(self, shared: Weights) -> Weights:
-        """L^-1 times a residual of what is shared."""
-        return whitened(self.root, shared)
-
-    def unwhiten(self, shared: Weights) -> Weights:
-        """L^-T times it: the change of weights that leaves none of that residual."""
-        change: Tensor = torch.linalg.solve_triangular(self.root.T, shared.double(), upper=True)
-        return change.to(shared)
-
-    def parts(self, weights: Weights) -> tuple[Tensor, Tensor]:
-        """Those of latents, and those of what is shared."""
-        return weights[: len(self.power)], weights[len(self.power) :]
-
 
 def damped_root(moments: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
     """The Cholesky factor, where directions in which sources do not vary have some power, too."""
@@ -277,7 +265,14 @@ def damped_root(moments: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
 
 
 def whitened(root: Float64[Tensor, "n n"], shared: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """L^-1 times it."""
     quotient: Tensor = torch.linalg.solve_triangular(root, shared.double(), upper=False)
+    return quotient.to(shared)
+
+
+def unwhitened(root: Float64[Tensor, "n n"], shared: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """L^-T times it: of a whitened residual, the change of weights that leaves none of it."""
+    quotient: Tensor = torch.linalg.solve_triangular(root.T, shared.double(), upper=True)
     return quotient.to(shared)
 
 

@@ -14,7 +14,7 @@ from sweep.config import Capacity
 from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.language_model import Activations
-from sweep.refit import Normal, in_chunks, in_columns, iterates, refit, stacked, unstacked
+from sweep.refit import Normal, in_chunks, in_columns, iterates, loss, refit, stacked, unstacked
 from sweep.step import active
 from sweep.step.loss import transcoder_loss
 from sweep.transcoder import Parameters, select
@@ -136,7 +136,8 @@ def test_what_tokens_share_is_always_the_best_for_the_latents(options: dict[str,
     x, y = design(params, capacity, data)
     for n in (1, 2):
         left = y - x @ stacked(fitted(params, capacity, threshold, data, n, prior=2.0))
-        torch.testing.assert_close(x[:, 24:].T @ left, torch.zeros_like(x[:1, 24:].T @ left[:1]), rtol=0, atol=1e-9)
+        gradient = x[:, 24:].T @ left
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 100.0, 1000.0])
@@ -149,12 +150,9 @@ def test_sources_and_latents_that_repeat_each_other_do_no_harm(offset: float, mo
     params.W_enc[4, :2] = 1.0  # two equal latents, always active
     designs = list(in_chunks(params, capacity, 0.0, Activations(source, data.target.float())))
     columns, trained = zip(*in_columns(stacked(params)), strict=True)
-
-    def loss(weights: tuple[Tensor, ...]) -> float:
-        return sum(one.loss(*part) for one in designs for part in zip(weights, columns, strict=True))
-
-    losses = [loss(weights) for weights in islice(iterates(Normal.of(designs, capacity, 0.0), columns, trained), 10)]
-    assert losses[-1] < 1e-3 * loss(trained)
+    fits = iterates(Normal.of(designs, capacity, 0.0), columns, trained)
+    losses = [loss(designs, weights, columns) for weights in islice(fits, 10)]
+    assert losses[-1] < 1e-3 * loss(designs, trained, columns)
     assert losses[-1] < 1.01 * min(losses)
 
 
