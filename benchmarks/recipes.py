@@ -127,8 +127,8 @@ def learning_by(update_: Update) -> Learn:
         lr: float,
         betas: tuple[float, ...],
     ) -> Loss:
-        found = sparse.gradients(state.params, source, target, capacity, revival, dead, state.threshold)
-        loss, gradients, state.threshold = found
+        found = sparse.gradients(state.params, source, target, capacity, revival, dead, state.guess)
+        loss, gradients, state.guess = found
         update_(state, gradients.parameters(), lr, betas)
         return loss
 

@@ -23,8 +23,8 @@ class TrainState:
     """A cell in training. Nothing random happens after initialisation, so there is no generator to keep.
 
     `step` counts finished steps. `curve` holds what has been logged so far, so that a resumed run ends with the
-    same curve. Scales are the recorded factors that give source and target unit mean square. `threshold` is the
-    smallest latent of the last batch top-k: the next selection starts its search just below it. `rollbacks` holds, for
+    same curve. Scales are the recorded factors that give source and target unit mean square. `guess` is a little less
+    than the smallest latent of the last batch top-k: there the next selection starts its search. `rollbacks` holds, for
     each time the run went back, the step from which on its learning rate is lowered. `write_rates` is, with
     `rate_by_spread`, the share of the learning rate with which each dimension of the target is written, from 0 to 1;
     `source_mean`, with `centre_source`, the mean of the scaled source, about which the encoder turns.
@@ -37,7 +37,7 @@ class TrainState:
     batches_since_fired: Int64[Tensor, " dict_size"]
     source_scale: float
     target_scale: float
-    threshold: float = 0.0
+    guess: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
     rollbacks: list[int] = field(default_factory=list)
     write_rates: Float[Tensor, " d_out"] | None = None
@@ -79,7 +79,7 @@ class TrainState:
             "step": self.step,
             "source_scale": self.source_scale,
             "target_scale": self.target_scale,
-            "threshold": self.threshold,
+            "guess": self.guess,
             "curve": self.curve,
             "rollbacks": self.rollbacks,
         }
@@ -100,7 +100,7 @@ class TrainState:
             batches_since_fired=tensors["batches_since_fired"],
             source_scale=scalars["source_scale"],
             target_scale=scalars["target_scale"],
-            threshold=scalars["threshold"],
+            guess=scalars.get("guess", 0.0),  # older checkpoints have none, and it decides no number
             curve=[(step, metric, value) for step, metric, value in scalars["curve"]],
             rollbacks=[int(step) for step in scalars["rollbacks"]],
             write_rates=tensors.get("write_rates"),

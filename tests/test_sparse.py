@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sweep.config import Capacity, Revival, Schedule
 from sweep.state import TrainState
 from sweep.step import active, reference, screen, sparse
-from sweep.step.active import BatchTopK, encode
+from sweep.step.active import BatchTopK, encode, next_guess
 from sweep.step.entries import Active
 from sweep.step.step import train_step_
 from sweep.transcoder import Parameters, pre_latents, select
@@ -171,6 +171,17 @@ def test_batch_top_k_holds_at_most_twice_what_it_needs_and_a_block() -> None:
     assert torch.equal(search.active().value.sort().values, pre.flatten().sort().values[-100:])
 
 
+def test_the_next_batch_is_searched_from_where_a_few_more_would_have_been_found() -> None:
+    assert next_guess(torch.empty(0)) == 0
+    assert next_guess(torch.full((40,), 0.5)) == 0.5
+    assert next_guess(torch.arange(100.0, 200.0)) == 100 - (115 - 100)
+    assert next_guess(torch.arange(1.0, 101.0)) == 0, "never negative"
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).sort(descending=True).values
+    for n_active in (1 << 12, 1 << 16):
+        n_found = int((values >= next_guess(values[:n_active])).count_nonzero())
+        assert 1.1 < n_found / n_active < 1.25
+
+
 @each_search
 def test_weights_that_are_no_numbers_show_in_the_loss(
     activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
@@ -189,8 +200,8 @@ def test_a_batch_without_an_active_latent_has_gradients(activation: str) -> None
     params, batch = make_params(), make_batch()
     params.b_enc.fill_(-100.0)
     arguments = (params, *batch, capacity(activation), Revival(0.0, 8, 5), NO_LATENT)
-    loss, grads, threshold = sparse.gradients(*arguments)
-    assert (loss.n_active, threshold) == (0, 0.0)
+    loss, grads, guess = sparse.gradients(*arguments)
+    assert (loss.n_active, guess) == (0, 0.0)
     assert_same(grads.parameters(), reference.gradients(*arguments)[1])
 
 
@@ -265,11 +276,11 @@ def test_the_guess_changes_no_bit(bounds: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(screen, "pays", lambda source: bounds)
     params, batch = make_params(dtype=torch.float32), make_batch(dtype=torch.float32)
     results = []
-    for threshold in (0.0, 2.0, 1e9):
-        state = replace(TrainState.initial(params.map(torch.clone), 1.0, 1.0), threshold=threshold)
+    for guess in (0.0, 2.0, 1e9):
+        state = replace(TrainState.initial(params.map(torch.clone), 1.0, 1.0), guess=guess)
         train_step_(state, *batch, capacity(), SCHEDULE, Revival(0.0, 8, 5), sparse.learn_)
         results.append(state)
     for state in results[1:]:
-        assert state.threshold == results[0].threshold > 0
+        assert state.guess == results[0].guess > 0
         for name, tensor in state.tensors().items():
             assert torch.equal(tensor, results[0].tensors()[name])

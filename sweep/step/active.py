@@ -7,6 +7,7 @@ the same rule for equals. Batch top-k searches among bounds first, where those t
 (`sweep.step.screen`).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import attrgetter
@@ -23,7 +24,7 @@ from sweep.step.revive import Revived, among_dead
 from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
-__all__ = ["BLOCK_BYTES", "encode", "encode_above"]
+__all__ = ["BLOCK_BYTES", "encode", "encode_above", "next_guess"]
 
 BLOCK_BYTES = {"batch_top_k": 4 << 20, "top_k": 16 << 20}
 """Pre-latents held at once: they stay in cache while they are searched. The more latents, the better the bound of the
@@ -32,8 +33,9 @@ first block of top-k, which has no guess to start from."""
 MIN_BLOCK = 256
 """Latents at once at least, however large the batch."""
 
-MARGIN = 0.9
-"""Where batch top-k starts its search, as a share of the last batch's threshold."""
+FROM_TOP = 0.85
+"""A search starts as far below the last batch's smallest active latent as that is below the one at this share of their
+ranks: so it finds about a sixth more than it needs, and the next batch may have fewer."""
 
 MOST_KEPT = 4
 """Entries that bounds may leave, as a multiple of those wanted, before pre-latents take less time and memory."""
@@ -50,17 +52,17 @@ def encode(
     params: Parameters,
     source: Float[Tensor, "batch d_in"],
     capacity: Capacity,
-    threshold: float,
+    guess: float,
     dead: Int64[Tensor, " n_dead"],
     top_k_aux: int,
 ) -> tuple[Active, Revived | None]:
     """The active latents, by latent within each token; and of the `dead` ones the `top_k_aux` largest of each token,
     negative ones too.
 
-    `threshold` is a guess of the smallest active latent of a batch top-k: it decides how long this takes, not what
+    `guess` is a value that the active latents of a batch top-k may exceed: it decides how long this takes, not what
     comes out.
     """
-    n_wanted, guess = capacity.top_k * len(source), MARGIN * threshold
+    n_wanted = capacity.top_k * len(source)
     if capacity.activation == "batch_top_k" and screen.pays(source) and len(dead) < capacity.dict_size:
         bounds = Screen(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
         of_dead = partial(among_dead, params, source, dead, top_k_aux)
@@ -74,6 +76,15 @@ def encode(
         search = BatchTopK(n_wanted, 0.0)
         searched(search, params, source, BLOCK_BYTES[capacity.activation], dead[:0])
     return search.active(), Revived.of(dead, dead_pre, top_k_aux) if len(dead) else None
+
+
+def next_guess(values: Float[Tensor, " n_active"]) -> float:
+    """From the active latents of a batch top-k, what those of the next one may exceed: a straight line through two
+    ranks."""
+    if not len(values):
+        return 0.0
+    smallest, above = float(values.min()), kth_largest(values, math.ceil(FROM_TOP * len(values)))
+    return max(smallest - (above - smallest), 0.0)
 
 
 @torch.no_grad()

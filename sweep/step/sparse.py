@@ -20,7 +20,7 @@ from torch import Tensor
 from sweep.chunks import consecutive
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
-from sweep.step.active import encode
+from sweep.step.active import encode, next_guess
 from sweep.step.entries import Active, counted, products, sorting, weighted_sums
 from sweep.step.loss import Loss, aux_weight, mean_squares
 from sweep.step.revive import DeadGradients
@@ -82,7 +82,7 @@ def learn_(
     betas: tuple[float, ...],
 ) -> Loss:
     """Change the parameters and moments by one step on scaled source and target."""
-    loss, grads, state.threshold = gradients(state.params, source, target, capacity, revival, dead, state.threshold)
+    loss, grads, state.guess = gradients(state.params, source, target, capacity, revival, dead, state.guess)
     n_latents = max(BLOCK_WEIGHTS // source.shape[1], 1)
     for latents in consecutive(capacity.dict_size, n_latents):
         encoder, decoder = grads.latents(latents)
@@ -99,12 +99,11 @@ def gradients(
     capacity: Capacity,
     revival: Revival,
     dead: Bool[Tensor, " dict_size"],
-    threshold: float = 0.0,
+    guess: float = 0.0,
 ) -> tuple[Loss, Gradients, float]:
-    """The loss and its gradients; and the smallest active latent, the next batch's `threshold`."""
+    """The loss and its gradients; and the next batch's `guess`, see `sweep.step.active.encode`."""
     to_revive = (dead & (revival.aux_penalty > 0)).nonzero().squeeze(1)
-    active, revived = encode(params, source, capacity, threshold, to_revive, revival.top_k_aux)
-    smallest = float(active.value.min()) if len(active.value) else 0.0
+    active, revived = encode(params, source, capacity, guess, to_revive, revival.top_k_aux)
 
     batch, n_groups = len(source), len(capacity.groups)
     row = rows_of(active, capacity)
@@ -144,7 +143,7 @@ def gradients(
         dead=of_dead,
     )
     n_active = torch.tensor(len(active.value))
-    return Loss(total, list(prefixes), aux, n_active, fired), grads, smallest
+    return Loss(total, list(prefixes), aux, n_active, fired), grads, next_guess(active.value)
 
 
 def rows_of(active: Active, capacity: Capacity) -> Int64[Tensor, " n"]:
