@@ -291,7 +291,7 @@ def at_inference(
     if threshold is None:
         no_dead = torch.empty(0, dtype=torch.int64, device=source.device)
         return encode(params, source, capacity, 0.0, no_dead, 1)[0]
-    return encode_above(params, source, threshold)
+    return encode_above(params, source, threshold, capacity.top_k)
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

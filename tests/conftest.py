@@ -40,6 +40,18 @@ def ram(tmp_path: "Path") -> "Iterator[Path]":
         yield type(tmp_path)(folder)
 
 
+@pytest.fixture
+def exact_integers() -> "Iterator[None]":
+    """Products of integers are exact, also where this processor has no instruction for them."""
+    from sweep.processor import has_fast_int8
+    from sweep.step import int8
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_fast_int8():
+            patch.setattr(int8, "int8_product", lambda left, right, out: out.copy_(left.double() @ right.T.double()))
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheFolder:
     """A cache folder shared by the whole session."""

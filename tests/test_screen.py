@@ -1,4 +1,7 @@
-"""Bounds by products in bfloat16: they hold, and what is found by them is what the exact values of everything say."""
+"""Bounds by products of rounded factors: they hold, and what is found by them is what the exact values of all say."""
+
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,29 +9,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sweep import chunks
-from sweep.bfloat16 import has_fast_bfloat16
+from sweep import chunks, processor
 from sweep.config import Capacity
-from sweep.step import active, screen
+from sweep.processor import has_fast_bfloat16, has_fast_int8, int8_product
+from sweep.step import active, bounds, screen
 from sweep.step.active import encode, encode_above
-from sweep.step.entries import Active
+from sweep.step.bfloat16 import BFloat16Bounds
+from sweep.step.bounds import Bounds
+from sweep.step.entries import Active, products
+from sweep.step.int8 import Int8Bounds, spread
 from sweep.step.revive import among_dead
-from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, select
 
-BATCH, D_IN, WIDTH = 32, 24, 100
+BATCH, WIDTH = 32, 100
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
-def make(seed: int, spread: float, mean: float, bias: float, whole_numbers: bool) -> tuple[Parameters, Tensor]:
+def make(
+    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int = 24
+) -> tuple[Parameters, Tensor]:
     """Weights and sources; dimensions, latents and tokens differ in size by up to e to the `spread`."""
     g = torch.Generator().manual_seed(seed)
 
     def sizes(n: int) -> Tensor:
         return ((torch.rand(n, generator=g) - 0.5) * spread).exp()
 
-    weights = torch.randn(WIDTH, D_IN, generator=g) * sizes(D_IN) * sizes(WIDTH).unsqueeze(1)
-    source = torch.randn(BATCH, D_IN, generator=g) * sizes(D_IN) * sizes(BATCH).unsqueeze(1) + mean * sizes(D_IN)
+    weights = torch.randn(WIDTH, d_in, generator=g) * sizes(d_in) * sizes(WIDTH).unsqueeze(1)
+    source = torch.randn(BATCH, d_in, generator=g) * sizes(d_in) * sizes(BATCH).unsqueeze(1) + mean * sizes(d_in)
     biases = torch.randn(WIDTH, generator=g) * bias
     if whole_numbers:
         weights, source, biases = weights.round(), source.round(), biases.round()
@@ -42,53 +49,109 @@ made = given(
     mean=st.sampled_from([0.0, 1.0, 30.0]),
     bias=st.sampled_from([0.0, 1.0, 1e3]),
     whole_numbers=st.booleans(),
+    d_in=st.sampled_from([24, 2, 3]),  # in few dimensions errors come near their bounds
 )
 
 
+KINDS = (BFloat16Bounds, Int8Bounds)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
 @pytest.fixture(autouse=True)
-def few_tokens_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once: five where six latents are dead, one where nearly all are."""
+def small_and_exact(exact_integers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of seven latents, which divide nothing; of the dead at once five tokens where six latents are, one where
+    nearly all are."""
     monkeypatch.setattr(chunks, "MAX_BYTES", 5 * 6 * 4)
-
-
-def everything(bounds: Screen) -> Active:
-    """Every entry whose bound is positive, by way of blocks that divide nothing."""
-    return Active.join([bounds.above(latents, block, 1e-30) for latents, block in bounds.blocks(7 * 2 * BATCH)])
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "block_bytes", 7 * kind.element_bytes * BATCH)
 
 
 def exactly(params: Parameters, source: Tensor) -> Tensor:
     """All pre-latents, computed as those of chosen entries are."""
-    token = torch.arange(BATCH).repeat_interleave(WIDTH)
-    every = Screen(params, source).exact(Active(token, torch.arange(WIDTH).repeat(BATCH), token.float()))
-    return torch.empty(BATCH, WIDTH).index_put((every.token, every.latent), every.value)
+    starts, latents = torch.arange(BATCH + 1) * WIDTH, torch.arange(WIDTH).repeat(BATCH)
+    return products(source, params.W_enc.T, starts, latents).view(BATCH, WIDTH) + params.b_enc
 
 
+def searched_by(kind: type[Bounds]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Look among these bounds, never among all pre-latents, however many are left."""
+
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(screen, "fitting", lambda source, share: kind)
+        patch.setattr(bounds, "MOST_CANDIDATES", 1)
+        patch.setattr(active, "searched", None)
+        patch.setattr(active, "pre_latents_in_blocks", None)
+
+    return prepare
+
+
+@each_kind
 @made
 @settings(max_examples=60, deadline=None)
-def test_pre_latents_lie_between_their_bounds(
-    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+def test_no_large_pre_latent_is_missed(
+    kind: type[Bounds], seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int
 ) -> None:
-    params, source = make(seed, spread, mean, bias, whole_numbers)
-    bounds = Screen(params, source)
-    exact = source.double() @ params.W_enc.double() + params.b_enc.double()
-    found = everything(bounds)
-    at = found.token, found.latent
-    assert bounds.hold
-    assert (exact[at] <= found.value.double()).all()
-    assert (exact[at] >= bounds.below(found).double()).all()
-    missing = torch.ones_like(exact, dtype=torch.bool).index_put(at, torch.tensor(False))
-    assert (exact[missing] < 1e-30).all()
-    own = bounds.exact(found)
-    scale = source.norm(dim=1)[own.token] * params.W_enc.norm(dim=0)[own.latent] + params.b_enc[own.latent].abs()
-    assert ((own.value - exact[own.token, own.latent]).abs() <= 1e-5 * scale).all()
+    params, source = make(seed, spread, mean, bias, whole_numbers, d_in)
+    exact, own = source.double() @ params.W_enc.double() + params.b_enc.double(), exactly(params, source)
+    scale = source.norm(dim=1).unsqueeze(1) * params.W_enc.norm(dim=0) + params.b_enc.abs()
+    assert ((own - exact).abs() <= 1e-5 * scale).all()
+    ranked = exact.flatten().sort(descending=True).values
+    for least in (1e-30, *(float(ranked[rank].clamp_min(1e-30)) for rank in (0, 5, 50, 200, 500, 800, 1200))):
+        looked = kind(params, source)
+        parts = []
+        for block in looked.blocks():
+            weights = params.W_enc.T[block] * looked._stretch
+            token, column = looked.candidates(weights, params.b_enc[block], least)
+            seen = torch.zeros(BATCH, len(weights), dtype=torch.bool).index_put((token, column), torch.tensor(True))
+            assert seen[exact[:, block] >= least].all()
+            assert (token * WIDTH + column).diff().gt(0).all()
+            parts.append(looked.at_least(block, least))
+        assert looked.hold
+        found = Active.join(parts)
+        dense = torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value)
+        assert torch.equal(dense, torch.where(own >= least, own, 0))
 
 
+@pytest.mark.parametrize(("kind", "width"), [(BFloat16Bounds, 48), (Int8Bounds, 24)])
+def test_bounds_hold_where_all_errors_add_up(kind: type[Bounds], width: int) -> None:
+    """Each element but the largest is rounded down by a quarter, and multiplied by the same: so errors are as Cauchy
+    and Schwarz say, which those of random numbers are far from."""
+    d_in, n = 24, 48
+    uneven = torch.randint(64, 127, (n, d_in), generator=torch.Generator().manual_seed(0)) + 0.24
+    uneven[torch.arange(n), torch.arange(n) % d_in] = 127.0
+    for half, weights in ((uneven, torch.ones(n, d_in)), (torch.ones(n, d_in), uneven)):
+        source = torch.cat([half, -half])  # without a mean
+        params = Parameters(weights.T, torch.zeros(n), torch.zeros(n, 1), torch.zeros(1))
+        exact = source.double() @ weights.T.double()
+        for least in exact[exact > 0].unique().tolist():
+            seen = torch.zeros(2 * n, n, dtype=torch.bool)
+            looked = kind(params, source)
+            seen[looked.candidates(weights * looked._stretch, params.b_enc, least)] = True
+            assert seen[exact >= least].all()
+            assert not seen[exact < least - width].any()
+
+
+@pytest.mark.parametrize(("kind", "most"), [(BFloat16Bounds, 1.5), (Int8Bounds, 4)])
+def test_few_are_looked_at_in_vain(kind: type[Bounds], most: float) -> None:
+    """Also where two dimensions are a hundred times as large as the others."""
+    g = torch.Generator().manual_seed(0)
+    for size in (1.0, 100.0):
+        source, weights = torch.randn(BATCH, 512, generator=g), torch.randn(WIDTH, 512, generator=g)
+        source[:, :2] *= size
+        weights[:, :2] /= size
+        params = Parameters(weights.T, torch.randn(WIDTH, generator=g), torch.zeros(WIDTH, 1), torch.zeros(1))
+        least = float(exactly(params, source).flatten().sort().values[-BATCH])
+        looked = kind(params, source)
+        assert sum(len(looked.at_least(block, least).value) for block in looked.blocks()) == BATCH
+        assert BATCH <= looked.n_candidates < most * BATCH
+
+
+@each_kind
 @made
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_largest_of_a_batch_are_those_of_all_exact_values(
-    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+    kind: type[Bounds], seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int
 ) -> None:
-    params, source = make(seed, spread, mean, bias, whole_numbers)
+    params, source = make(seed, spread, mean, bias, whole_numbers, d_in)
     some = torch.tensor([0, 7, 8, 9, 50, WIDTH - 1])
     for dead in (NONE, some, torch.arange(1, WIDTH)):
         pre = exactly(params, source)
@@ -102,69 +165,87 @@ def test_the_largest_of_a_batch_are_those_of_all_exact_values(
         for top_k, guess in ((1, 0.0), (5, 0.0), (5, 1e9), (WIDTH, 0.0)):
             cap = Capacity(WIDTH, top_k, "batch_top_k", (WIDTH,))
             wanted = select(pre, cap)
-            for threshold in (guess, float(wanted[wanted > 0].min())):
-                found = searched_among_bounds(params, source, cap, threshold, dead)
+            for start in (guess, float(wanted[wanted > 0].min())):
+                with pytest.MonkeyPatch.context() as patch:
+                    searched_by(kind)(patch)
+                    found = encode(params, source, cap, start, dead, 1)[0]
                 place = found.token * WIDTH + found.latent
                 assert place.diff().gt(0).all()
                 sparse = torch.zeros(BATCH, WIDTH).index_put((found.token, found.latent), found.value)
                 assert torch.equal(sparse, wanted)
 
 
+@each_kind
 @made
 @settings(max_examples=30, deadline=None)
 def test_entries_above_a_threshold_are_those_of_all_exact_values(
-    seed: int, spread: float, mean: float, bias: float, whole_numbers: bool
+    kind: type[Bounds], seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int
 ) -> None:
-    params, source = make(seed, spread, mean, bias, whole_numbers)
+    params, source = make(seed, spread, mean, bias, whole_numbers, d_in)
     pre = exactly(params, source)
     ranked = pre.flatten().sort().values
     for threshold in (0.0, float(ranked[-50].clamp_min(0)), float(ranked[-1])):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(screen, "pays", lambda source: True)
-            patch.setattr(active, "pre_latents_in_blocks", None)
-            found = encode_above(params, source, threshold)
+            searched_by(kind)(patch)
+            found = encode_above(params, source, threshold, 1)
         assert torch.equal(found.token * WIDTH + found.latent, (pre > threshold).flatten().nonzero().squeeze(1))
         assert torch.equal(found.value, pre[pre > threshold])
 
 
-def test_where_bounds_tell_nothing_apart_exact_values_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@each_kind
+def test_where_bounds_tell_nothing_apart_exact_values_do(kind: type[Bounds], monkeypatch: pytest.MonkeyPatch) -> None:
     params, source = make(0, 0.0, 0.0, 1.0, False)
     params.W_enc[0] = 0.0
     source[:, 0] = 1e6 * torch.randn(BATCH, generator=torch.Generator().manual_seed(1))
     cap = Capacity(WIDTH, 2, "batch_top_k", (WIDTH,))
-    monkeypatch.setattr(active, "BLOCK_BYTES", {"batch_top_k": 7 * 4 * BATCH})
-    wanted = select(source @ params.W_enc + params.b_enc, cap)
-    for threshold in (0.0, float(wanted[wanted > 0].min())):
-        monkeypatch.setattr(screen, "pays", lambda source: True)
-        assert active.screened(Screen(params, source), 2 * BATCH, threshold, lambda least: None) is None
-        found, _ = encode(params, source, cap, threshold, NONE, 1)
+    pre = source @ params.W_enc + params.b_enc
+    wanted = select(pre, cap)
+    least = float(wanted[wanted > 0].min())
+    monkeypatch.setattr(screen, "fitting", lambda source, share: kind)
+    for start in (0.0, least):
+        assert active.screened(kind(params, source), 2 * BATCH, start, lambda least: None) is None
+        found, _ = encode(params, source, cap, start, NONE, 1)
         assert torch.equal(found.token * WIDTH + found.latent, wanted.flatten().nonzero().squeeze(1))
+    above = encode_above(params, source, least, 2)
+    assert torch.equal(above.token * WIDTH + above.latent, (pre > least).flatten().nonzero().squeeze(1))
 
 
-def searched_among_bounds(params: Parameters, source: Tensor, cap: Capacity, threshold: float, dead: Tensor) -> Active:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screen, "pays", lambda source: True)
-        patch.setattr(active, "BLOCK_BYTES", {"batch_top_k": 7 * 2 * BATCH})
-        patch.setattr(active, "MOST_KEPT", WIDTH)
-        patch.setattr(active, "searched", None)  # the exact search
-        return encode(params, source, cap, threshold, dead, 1)[0]
-
-
-def test_what_is_no_number_has_no_bounds() -> None:
+@each_kind
+def test_what_is_no_number_has_no_bounds(kind: type[Bounds]) -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         for where in ("W_enc", "b_enc", "source"):
             params, source = make(0, 2.0, 0.0, 1.0, False)
             tensor = source if where == "source" else getattr(params, where)
             tensor[..., 3] = value
-            bounds = Screen(params, source)
-            everything(bounds)
-            assert not bounds.hold
+            looked = kind(params, source)
+            for block in looked.blocks():
+                looked.at_least(block, 1e-30)
+            assert not looked.hold
+            assert not looked.serve
+
+
+def test_numbers_are_spread_over_columns() -> None:
+    values = torch.tensor([-129.0, -1, 0, 1, 5, 600])
+    for n_columns in (1, 2, 7):
+        parts = spread(values, n_columns)
+        assert torch.equal(parts.sum(dim=1), values)
+        assert (parts.amax(dim=1) - parts.amin(dim=1)).max() <= 1
+
+
+def test_products_of_integers_are_exact() -> None:
+    if not has_fast_int8():
+        pytest.skip("this processor has no instruction for them")
+    g = torch.Generator().manual_seed(0)
+    for m, n, d in itertools.product((1, 7, 33, 64), (1, 5, 96), (1, 2, 3, 17, 64, 664)):
+        left, right = (torch.randint(-127, 128, (size, d), generator=g, dtype=torch.int8) for size in (m, n))
+        out = torch.empty(m, n, dtype=torch.int32)
+        assert torch.equal(int8_product(left, right, out), left.int() @ right.int().T)
 
 
 def test_where_all_are_dead_there_is_nothing_to_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     params, source = make(0, 0.0, 0.0, 1.0, False)
     cap, dead = Capacity(WIDTH, 2, "batch_top_k", (WIDTH,)), torch.arange(WIDTH)
-    monkeypatch.setattr(screen, "pays", lambda source: True)
+    monkeypatch.setattr(screen, "fitting", lambda source, share: Int8Bounds)
     found, revived = encode(params, source, cap, 0.0, dead, 1)
     pre = source @ params.W_enc + params.b_enc
     assert torch.equal(found.token * WIDTH + found.latent, select(pre, cap).flatten().nonzero().squeeze(1))
@@ -172,32 +253,48 @@ def test_where_all_are_dead_there_is_nothing_to_screen(monkeypatch: pytest.Monke
     assert torch.equal(revived.place.squeeze(1), pre.argmax(dim=1))
 
 
-def test_it_is_the_processor_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = torch.zeros(1, 1)
-    for fast in (True, False):
-        monkeypatch.setattr(screen, "has_fast_bfloat16", lambda fast=fast: fast)
-        assert screen.pays(source) is fast
-        assert not screen.pays(source.double())
-        assert not screen.pays(source.to("meta"))
+def test_processor_and_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, share = torch.zeros(screen.FEWEST_TOKENS, 1), screen.LARGEST_SHARE
+    for of_bfloat16, of_int8, wanted in (
+        (True, True, BFloat16Bounds),
+        (True, False, BFloat16Bounds),
+        (False, True, Int8Bounds),
+        (False, False, None),
+    ):
+        monkeypatch.setattr(screen, "has_fast_bfloat16", lambda fast=of_bfloat16: fast)
+        monkeypatch.setattr(screen, "has_fast_int8", lambda fast=of_int8: fast)
+        assert screen.fitting(source, share) is wanted
+        assert screen.fitting(source.double(), share) is None
+        assert screen.fitting(source.to("meta"), share) is None
+        assert screen.fitting(source[1:], share) is (None if wanted is Int8Bounds else wanted)
+        assert screen.fitting(source, 1.01 * share) is (None if wanted is Int8Bounds else wanted)
 
 
 @pytest.mark.parametrize(
-    ("name", "units", "fast"),
+    ("name", "units", "bfloat16", "int8"),
     [
-        ("Intel(R) Xeon(R) Platinum 8481C", {"avx512_bf16", "amx_bf16"}, True),
-        ("Intel(R) Xeon(R) Platinum 8380H", {"avx512_bf16"}, False),
-        ("AMD EPYC", {"avx512_bf16"}, True),
-        ("AMD EPYC", set(), False),
+        ("Intel(R) Xeon(R) Platinum 8481C", {"avx512_bf16", "amx_bf16", "avx512_vnni"}, True, True),
+        ("Intel(R) Xeon(R) Platinum 8380H", {"avx512_bf16", "avx512_vnni"}, False, True),
+        ("Intel(R) Core(TM) i7-1260P", {"avx_vnni"}, False, True),
+        ("AMD EPYC", {"avx512_bf16", "avx512_vnni"}, True, True),
+        ("AMD EPYC", set(), False, False),
     ],
 )
-def test_which_processors_are_fast_at_bfloat16(
-    name: str, units: set[str], fast: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_processors_are_fast_at(
+    name: str, units: set[str], bfloat16: bool, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {"cpu_name": name} | {unit: unit in units for unit in ("avx512_bf16", "amx_bf16")}
+    known = ("avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8")
+    told = {"cpu_name": name} | {unit: unit in units for unit in known}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
-    assert has_fast_bfloat16.__wrapped__() is fast
+    product = torch.tensor([[-256 * 127**2]])
+    monkeypatch.setattr(processor, "int8_product", lambda left, right, out: product)
+    assert has_fast_bfloat16.__wrapped__() is bfloat16
+    assert has_fast_int8.__wrapped__() is int8
+    product += 1
+    assert not has_fast_int8.__wrapped__(), "not exact"
 
 
 def test_a_torch_that_tells_nothing_of_the_processor_is_taken_for_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert has_fast_bfloat16.__wrapped__() is False
+    assert has_fast_int8.__wrapped__() is False

@@ -8,12 +8,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sweep import chunks, similarity
+from sweep.processor import has_fast_int8
 from sweep.similarity import SIMILAR, decoder_similarity
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "bfloat16"])
+@pytest.fixture(autouse=True, params=["float32", "bfloat16", "int8"])
 def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "has_fast_bfloat16", lambda: request.param)
+    if request.param == "int8" and not has_fast_int8():
+        product = "int8_product"
+        monkeypatch.setattr(similarity, product, lambda left, right, out: out.copy_(left.double() @ right.T.double()))
+    for name in ("bfloat16", "int8"):
+        monkeypatch.setattr(similarity, f"has_fast_{name}", lambda fast=request.param == name: fast)
 
 
 def brute_cosines(W_dec: torch.Tensor) -> NDArray[np.float64]:
@@ -55,7 +60,7 @@ def near_the_line(n_pairs: int, d: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(rng.permutation(rows)).float()
 
 
-@pytest.mark.parametrize("max_bytes", [1, 5_000, 16 << 20])
+@pytest.mark.parametrize("max_bytes", [400, 40_000, 16 << 20])
 @pytest.mark.parametrize(("d", "seed"), [(3, 0), (64, 1), (640, 2)])
 def test_similar_pairs_are_counted_exactly_near_the_line(
     monkeypatch: pytest.MonkeyPatch, max_bytes: int, d: int, seed: int

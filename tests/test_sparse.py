@@ -14,8 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sweep.config import Capacity, Revival, Schedule
 from sweep.state import TrainState
 from sweep.step import active, reference, screen, sparse
+from sweep.step import bounds as step_bounds
 from sweep.step.active import BatchTopK, encode, next_guess
+from sweep.step.bfloat16 import BFloat16Bounds
+from sweep.step.bounds import Bounds
 from sweep.step.entries import Active
+from sweep.step.int8 import Int8Bounds
 from sweep.step.step import train_step_
 from sweep.transcoder import Parameters, pre_latents, select
 
@@ -28,18 +32,21 @@ NO_LATENT = torch.zeros(WIDTH, dtype=torch.bool)
 each_rule = pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
 each_search = pytest.mark.parametrize(
     ("activation", "bounds"),
-    [("batch_top_k", False), ("batch_top_k", True), ("top_k", False)],
-    ids=["", "bounds", "top_k"],
+    [("batch_top_k", None), ("batch_top_k", BFloat16Bounds), ("batch_top_k", Int8Bounds), ("top_k", None)],
+    ids=["", "bfloat16", "int8", "top_k"],
 )
 each_skip = pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 each_nesting = pytest.mark.parametrize("groups", [(WIDTH,), GROUPS], ids=["plain", "nested"])
 
 
 @pytest.fixture(autouse=True)
-def ragged_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ragged_blocks(exact_integers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of 28 latents to encode, of eleven to update: neither divides the sizes here."""
     monkeypatch.setattr(active, "BLOCK_BYTES", dict.fromkeys(active.BLOCK_BYTES, 28 * BATCH * 8))
     monkeypatch.setattr(active, "MIN_BLOCK", 1)
+    for kind in (BFloat16Bounds, Int8Bounds):
+        monkeypatch.setattr(kind, "block_bytes", 28 * BATCH * kind.element_bytes)
+    monkeypatch.setattr(step_bounds, "MOST_CANDIDATES", 1)
     monkeypatch.setattr(sparse, "BLOCK_WEIGHTS", 11 * D_IN)
     return
 
@@ -184,9 +191,9 @@ def test_the_next_batch_is_searched_from_where_a_few_more_would_have_been_found(
 
 @each_search
 def test_weights_that_are_no_numbers_show_in_the_loss(
-    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, bounds: type[Bounds] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(screen, "pays", lambda source: bounds)
+    monkeypatch.setattr(screen, "fitting", lambda source, share: bounds)
     for where in (slice(None), slice(3, 4)):
         params = make_params(dtype=torch.float32)
         params.W_enc[:, where] = torch.nan
@@ -222,10 +229,10 @@ class LargestTensor(TorchDispatchMode):
 
 @each_search
 def test_training_never_holds_batch_times_dict_size(
-    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, bounds: type[Bounds] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(screen, "pays", lambda source: bounds)
-    monkeypatch.setattr(active, "BLOCK_BYTES", {activation: 28 * BATCH * (2 if bounds else 4)})
+    monkeypatch.setattr(screen, "fitting", lambda source, share: bounds)
+    monkeypatch.setattr(active, "BLOCK_BYTES", {activation: 28 * BATCH * 4})
     params = make_params(dtype=torch.float32)
     params.b_enc[20:80] = -100.0
     state, cap, revival = TrainState.initial(params, 1.0, 1.0), capacity(activation, top_k=4), Revival(0.5, 8, 3)
@@ -241,11 +248,11 @@ def test_training_never_holds_batch_times_dict_size(
 
 @each_search
 def test_steps_are_the_same_bits_for_any_number_of_threads(
-    activation: str, bounds: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, bounds: type[Bounds] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for what is multiplied out, as the library may cut those sums by threads."""
     monkeypatch.undo()
-    monkeypatch.setattr(screen, "pays", lambda source: bounds)
+    monkeypatch.setattr(screen, "fitting", lambda source, share: bounds)
     width, batch, d = 4096, 512, 96
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(width, d, generator=g)
@@ -271,9 +278,9 @@ def test_steps_are_the_same_bits_for_any_number_of_threads(
             assert torch.equal(tensor, states[0].tensors()[name]), name
 
 
-@pytest.mark.parametrize("bounds", [False, True], ids=["", "bounds"])
-def test_the_guess_changes_no_bit(bounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "pays", lambda source: bounds)
+@pytest.mark.parametrize("bounds", [None, BFloat16Bounds, Int8Bounds], ids=["", "bfloat16", "int8"])
+def test_the_guess_changes_no_bit(bounds: type[Bounds] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "fitting", lambda source, share: bounds)
     params, batch = make_params(dtype=torch.float32), make_batch(dtype=torch.float32)
     results = []
     for guess in (0.0, 2.0, 1e9):

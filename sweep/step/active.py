@@ -10,7 +10,6 @@ the same rule for equals. Batch top-k searches among bounds first, where those t
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import attrgetter
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,9 +18,9 @@ from torch import Tensor
 from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.step import screen
+from sweep.step.bounds import Bounds
 from sweep.step.entries import Active, entries, kth_largest, no_less, places, sorting
 from sweep.step.revive import Revived, among_dead
-from sweep.step.screen import Screen
 from sweep.transcoder import Parameters, largest
 
 __all__ = ["BLOCK_BYTES", "encode", "encode_above", "next_guess"]
@@ -36,9 +35,6 @@ MIN_BLOCK = 256
 FROM_TOP = 0.85
 """A search starts as far below the last batch's smallest active latent as that is below the one at this share of their
 ranks: so it finds about a sixth more than it needs, and the next batch may have fewer."""
-
-MOST_KEPT = 4
-"""Entries that bounds may leave, as a multiple of those wanted, before pre-latents take less time and memory."""
 
 TINY = torch.finfo(torch.float32).tiny
 """What is less counts as zero."""
@@ -63,14 +59,17 @@ def encode(
     comes out.
     """
     n_wanted = capacity.top_k * len(source)
-    if capacity.activation == "batch_top_k" and screen.pays(source) and len(dead) < capacity.dict_size:
-        bounds = Screen(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
+    n_alive = capacity.dict_size - len(dead)
+    is_of_batch = capacity.activation == "batch_top_k"
+    if is_of_batch and n_alive and (fitting := screen.fitting(source, capacity.top_k / n_alive)):
+        bounds = fitting(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
         of_dead = partial(among_dead, params, source, dead, top_k_aux)
-        starts = [guess, 0.0] if guess > 0 else [0.0]
-        found = next(filter(None, (screened(bounds, n_wanted, start, of_dead) for start in starts)), None)
-        if found and bounds.hold:
-            return found
-    search = BatchTopK(n_wanted, guess) if capacity.activation == "batch_top_k" else TopK(capacity.top_k)
+        for start in [guess, 0.0] if guess > 0 else [0.0]:
+            if found := screened(bounds, n_wanted, start, of_dead):
+                return found
+            if not bounds.serve:
+                break
+    search = BatchTopK(n_wanted, guess) if is_of_batch else TopK(capacity.top_k)
     dead_pre = searched(search, params, source, BLOCK_BYTES[capacity.activation], dead)
     if isinstance(search, BatchTopK) and search.missed_some:
         search = BatchTopK(n_wanted, 0.0)
@@ -88,17 +87,24 @@ def next_guess(values: Float[Tensor, " n_active"]) -> float:
 
 
 @torch.no_grad()
-def encode_above(params: Parameters, source: Float[Tensor, "n d_in"], threshold: float) -> Active:
-    """The entries above a threshold that is not negative, by token."""
-    n_bytes = BLOCK_BYTES["batch_top_k"]
-    if screen.pays(source):
-        bounds = Screen(params, source)
-        blocks = bounds.blocks(n_bytes)
-        found = bounds.exact(Active.join([bounds.above(*block, max(threshold, TINY)) for block in blocks]))
-        if bounds.hold:
+def encode_above(params: Parameters, source: Float[Tensor, "n d_in"], threshold: float, top_k: int) -> Active:
+    """The entries above a threshold that is not negative, by token; about `top_k` of each are expected."""
+    if fitting := screen.fitting(source, top_k / params.b_enc.numel()):
+        found = at_least(fitting(params, source), max(threshold, TINY))
+        if found:
             return found.where(places(found.value > threshold)).by_token()
-    parts = pre_latents_in_blocks(params, source, n_bytes)
-    return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in parts]).by_token()
+    blocks = pre_latents_in_blocks(params, source, BLOCK_BYTES["batch_top_k"])
+    return Active.join([entries(latents.start, pre, pre > threshold) for latents, pre in blocks]).by_token()
+
+
+def at_least(bounds: Bounds, least: float) -> Active | None:
+    """All entries that are no less than that; None where bounds do not serve."""
+    parts = []
+    for block in bounds.blocks():
+        parts.append(bounds.at_least(block, least))
+        if not bounds.serve:
+            return None
+    return Active.join(parts)
 
 
 def all_but(latents: Int64[Tensor, " n"], width: int) -> Int64[Tensor, " m"]:
@@ -107,23 +113,21 @@ def all_but(latents: Int64[Tensor, " n"], width: int) -> Int64[Tensor, " m"]:
 
 
 def screened(
-    bounds: Screen, n_wanted: int, guess: float, of_dead: Callable[[float], tuple[Active, Revived | None]]
+    bounds: Bounds, n_wanted: int, guess: float, of_dead: Callable[[float], tuple[Active, Revived | None]]
 ) -> tuple[Active, Revived | None] | None:
-    """The `n_wanted` largest positive entries of a batch, among those with bounds and those of the dead that are no
-    less than what these tell; None where the guess was too high or bounds are too wide."""
-    search = BatchTopK(n_wanted, guess, bounds.below)
-    for latents, block in bounds.blocks(BLOCK_BYTES["batch_top_k"]):
-        search.keep(bounds.above(latents, block, search.bound))
-        if search.n_needed > MOST_KEPT * n_wanted:
+    """The `n_wanted` largest positive entries of a batch, among those with bounds and those of the dead; None where
+    the guess was too high or bounds do not serve."""
+    search = BatchTopK(n_wanted, guess)
+    for block in bounds.blocks():
+        search.keep(bounds.at_least(block, search.bound))
+        if not bounds.serve:
             return None
-    kept = bounds.exact(search.kept())
     awake, revived = of_dead(search.bound)
-    if len(awake.value):
-        kept = Active.join([kept, awake])
-        kept = kept.where(sorting(kept.latent))  # as they come from `exact`
-    if search.guess > 0 and int(no_less(kept.value, search.guess).count_nonzero()) < n_wanted:
+    search.keep(awake)
+    if search.missed_some:
         return None
-    return of_batch(kept, n_wanted), revived
+    found = search.kept if len(awake.value) == 0 else search.kept.where(sorting(search.kept.latent))
+    return of_batch(found, n_wanted), revived
 
 
 def searched(
@@ -159,18 +163,15 @@ class BatchTopK:
     """Collects the `n_wanted` largest positive entries of a batch that comes in blocks of latents.
 
     What is less than `bound` is not kept. It rises when more is kept than is needed, and only a guess that it starts
-    from can be wrong. Where values are bounds from above, `below` gives those from below.
-
-    `n_needed` entries could not be told apart when that was last tried.
+    from can be wrong.
     """
 
-    def __init__(self, n_wanted: int, guess: float, below: Callable[[Active], Tensor] = attrgetter("value")) -> None:
+    def __init__(self, n_wanted: int, guess: float) -> None:
         self.n_wanted = n_wanted
         self.guess = guess if guess > 0 else 0.0  # also where it is no number
         self.bound = max(self.guess, TINY)
-        self._below = below
         self._kept: list[Active] = []
-        self._n_kept = self.n_needed = 0
+        self._n_kept = 0
 
     def add(self, start: int, pre: Float[Tensor, "batch n"]) -> None:
         self.keep(entries(start, pre, no_less(pre, self.bound)))
@@ -179,15 +180,13 @@ class BatchTopK:
         """Add entries that were found to be no less than the bound."""
         self._kept.append(part)
         self._n_kept += len(part.value)
-        if self._n_kept > 2 * max(self.n_wanted, self.n_needed):
+        if self._n_kept > 2 * self.n_wanted:
             self._prune()
-            self.n_needed = self._n_kept
 
     def _prune(self) -> None:
-        kept = Active.join(self._kept)
-        if len(kept.value) > self.n_wanted:
-            self.bound = max(self.bound, kth_largest(self._below(kept), self.n_wanted))
-            kept = kept.where(places(no_less(kept.value, self.bound)))  # all equals: the order is not known yet
+        kept = self.kept
+        self.bound = max(self.bound, kth_largest(kept.value, self.n_wanted))
+        kept = kept.where(places(no_less(kept.value, self.bound)))  # all equals: the order is not known yet
         self._kept, self._n_kept = [kept], len(kept.value)
 
     @property
@@ -195,14 +194,14 @@ class BatchTopK:
         """Whether the guess was too high."""
         return self._n_kept < self.n_wanted and self.guess > 0
 
+    @property
     def kept(self) -> Active:
-        """What may be among the largest."""
-        self._prune()
-        return self._kept[0]
+        """What may be among the largest, in the order it came in."""
+        return Active.join(self._kept)
 
     def active(self) -> Active:
         """The largest of what was added."""
-        return of_batch(Active.join(self._kept), self.n_wanted)
+        return of_batch(self.kept, self.n_wanted)
 
 
 def of_batch(found: Active, n: int) -> Active:

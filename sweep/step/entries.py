@@ -19,6 +19,7 @@ __all__ = [
     "places",
     "products",
     "sorting",
+    "token_and_column",
     "weighted_sums",
 ]
 
@@ -51,20 +52,28 @@ class Active:
 
 def entries(start: int, values: Float[Tensor, "batch n"], where: Bool[Tensor, "batch n"]) -> Active:
     """Those entries of a block where the mask is true, in order; `start` is its first latent."""
-    flat = places(where.flatten())
-    token = flat.div(values.shape[1], rounding_mode="floor")
-    column = flat - token * values.shape[1]
+    token, column = token_and_column(where)
     return Active(token, column + start, values[token, column])
 
 
+def token_and_column(where: Bool[Tensor, "batch n"]) -> tuple[Int64[Tensor, " n_true"], Int64[Tensor, " n_true"]]:
+    """Where the mask is true, by token."""
+    flat = places(where.flatten())
+    token = flat.div(where.shape[1], rounding_mode="floor")
+    return token, flat - token * where.shape[1]
+
+
 def places(mask: Bool[Tensor, " n"]) -> Int64[Tensor, " n_true"]:
-    """Where a mask is true that rarely is: first where any of eight is, as `nonzero` takes long for what is false."""
-    whole = len(mask) // 8 * 8
-    words = mask[:whole].view(torch.int64)
-    word = words.nonzero().squeeze(1)
-    place = words[word].view(torch.bool).nonzero().squeeze(1)
-    found = word[place >> 3].mul_(8).add_(place & 7)
-    return torch.cat([found, mask[whole:].nonzero().squeeze(1) + whole])
+    """Where a mask is true that rarely is: first where any of eight is, as looking at each takes long; by numpy, which
+    takes half as long as `nonzero`."""
+    flags = mask.numpy(force=True)
+    whole = len(flags) // 8 * 8
+    words = flags[:whole].view(np.int64)
+    word = np.flatnonzero(words != 0)
+    place = np.flatnonzero(words[word].view(np.bool_))
+    found = (word[place >> 3] << 3) + (place & 7)
+    found = np.concatenate([found, np.flatnonzero(flags[whole:]) + whole])
+    return torch.from_numpy(found).to(mask.device)
 
 
 def no_less(values: Float[Tensor, "*n"], least: float | Float[Tensor, "#*n"]) -> Bool[Tensor, "*n"]:
