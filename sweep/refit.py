@@ -23,7 +23,7 @@ from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.language_model import Activations
 from sweep.step.active import encode, encode_above
-from sweep.step.entries import Active, counted, sorting, weighted_sums
+from sweep.step.entries import Active, counted, in_columns, sorting, weighted_sums
 from sweep.step.sparse import add_earlier_, add_later_, rows_of
 from sweep.transcoder import Parameters
 
@@ -31,10 +31,6 @@ __all__ = ["refit"]
 
 CHUNK_TOKENS = 4096
 """Tokens at once: enough that sums over latents are long, few enough that what is decoded stays small."""
-
-COLUMNS = 64
-"""Dimensions of the target at once: their decoder rows stay in cache while they are summed. All of 640 at once took
-three to five times as long."""
 
 PRIOR_VARIANCE = 14.0
 """Of a decoder weight about its trained value, as a multiple of the mean square of all."""
@@ -96,12 +92,6 @@ def iterates(normal: "Normal", columns: Sequence[slice], trained: Sequence[Weigh
         for fit in fits:
             fit.advance()
         yield tuple(fit.weights for fit in fits)
-
-
-def in_columns(matrix: Float[Tensor, "m n"]) -> Iterator[tuple[slice, Float[Tensor, "m _"]]]:
-    """Some columns at a time, contiguous."""
-    for columns in consecutive(matrix.shape[1], COLUMNS):
-        yield columns, matrix[:, columns].contiguous()
 
 
 class Fit:

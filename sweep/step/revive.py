@@ -5,14 +5,13 @@ of the dead takes part in each token, products of whole matrices are faster stil
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.chunks import pieces
-from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, weighted_sums
+from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, sums_in_columns
 from sweep.step.loss import mean_squares
 from sweep.transcoder import Parameters
 
@@ -75,7 +74,9 @@ class Revived:
     def reconstruction(self, W_dec: Float[Tensor, "dict_size d_out"]) -> Float[Tensor, "batch d_out"]:
         if self.is_dense:
             return self._matrix(self.value) @ W_dec[self.dead]
-        return weighted_sums(W_dec, self._latents, self._starts[:-1], self.value.flatten())
+        k = self.place.shape[1]
+        starts = torch.arange(0, self.place.numel(), k, device=self.place.device)
+        return sums_in_columns(W_dec, self.dead[self.place.flatten()], starts, self.value.flatten())
 
     def gradients(
         self,
@@ -89,26 +90,18 @@ class Revived:
             d_matrix, d_decoder = self._matrix(d_value), self._matrix(self.value).T @ d_reconstruction
             return DeadGradients(self.dead, d_matrix.T @ source, d_matrix.sum(dim=0), d_decoder)
         place, n_dead = self.place.flatten(), len(self.dead)
-        d_value = products(d_reconstruction, W_dec, self._starts, self._latents)
-        order, starts = sorting(place), counted(place, n_dead)[:-1]
+        order, starts = sorting(place), counted(place, n_dead)
         token = order.div(self.place.shape[1], rounding_mode="floor")
-        encoder = weighted_sums(source, token, starts, d_value[order])
-        d_decoder = weighted_sums(d_reconstruction, token, starts, self.value.flatten()[order])
-        return DeadGradients(self.dead, encoder, d_value.new_zeros(n_dead).index_add_(0, place, d_value), d_decoder)
+        d_value = products(W_dec[self.dead], d_reconstruction, starts, token)
+        encoder = sums_in_columns(source, token, starts[:-1], d_value)
+        d_decoder = sums_in_columns(d_reconstruction, token, starts[:-1], self.value.flatten()[order])
+        return DeadGradients(
+            self.dead, encoder, d_value.new_zeros(n_dead).index_add_(0, place[order], d_value), d_decoder
+        )
 
     def _matrix(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch n_dead"]:
         """Values at these places, zeros elsewhere."""
         return values.new_zeros(len(values), len(self.dead)).scatter_(1, self.place, values)
-
-    @cached_property
-    def _latents(self) -> Int64[Tensor, " n"]:
-        return self.dead[self.place.flatten()]
-
-    @property
-    def _starts(self) -> Int64[Tensor, " batch_and_1"]:
-        """Where each token's entries start, and how many there are."""
-        k = self.place.shape[1]
-        return torch.arange(0, self.place.numel() + 1, k, device=self.place.device)
 
 
 def among_dead(
@@ -123,13 +116,15 @@ def among_dead(
     Some tokens at a time, so that pre-latents stay in cache.
     """
     weights, bias = params.W_enc.T[dead], params.b_enc[dead]
+    nothing = Active(dead[:0], dead[:0], bias[:0])
     if len(dead) == 0:
-        return Active(dead, dead, bias), None
-    awake, parts = [], []
+        return nothing, None
+    awake, parts = [nothing], []
     for tokens in pieces(len(source), 4 * len(dead)):
         pre = aligned_product(source[tokens], weights).add_(bias)
-        found = entries(0, pre, no_less(pre, least))
-        awake.append(Active(found.token + tokens.start, dead[found.latent], found.value))
         parts.append(Revived.of(dead, pre, top_k_aux))
+        if not float(parts[-1].value.max()) < least:
+            found = entries(0, pre, no_less(pre, least))
+            awake.append(Active(found.token + tokens.start, dead[found.latent], found.value))
     place, value = torch.cat([part.place for part in parts]), torch.cat([part.value for part in parts])
     return Active.join(awake), Revived(dead, place, value)

@@ -14,7 +14,7 @@ __all__ = ["fitting"]
 FEWEST_TOKENS = 1024
 """In fewer, rounding the weights to 8 bits takes what the quicker product saves."""
 
-LARGEST_SHARE = 1 / 128
+LARGEST_SHARE = 1 / 64
 """Of entries that are looked for: of more, too many have to be looked at."""
 
 

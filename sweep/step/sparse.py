@@ -4,9 +4,10 @@
 2. Decode: each token has one row per nested group, the sum of its active latents' decoder rows; the prefixes'
    reconstructions are the running sum of the groups. Dead latents reconstruct the residual (`sweep.step.revive`).
 3. The loss gives the gradient of every row; running sums the other way give that of the groups.
-4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only.
-5. Sorted by latent, the same entries give both weight gradients as weighted sums of rows, a range of latents at a
-   time, so that gradients are used for the update while they are in cache.
+4. The gradient of a latent is the product of its row's gradient and its decoder row, for active entries only; sorted by
+   latent, as each decoder row is then read once.
+5. The same entries give both weight gradients as weighted sums of rows, a range of latents at a time, so that gradients
+   are used for the update while they are in cache.
 
 The numbers are those of `sweep.step.loss`, which defines what is minimised, up to rounding.
 """
@@ -127,17 +128,18 @@ def gradients(
         b_enc[to_revive] = of_dead.bias
     add_later_(errors, shares * (2 / target.numel()))
 
-    d_value = products(rows, params.W_dec, starts, active.latent)
     order = sorting(active.latent)
+    row, latent_starts = row[order], counted(active.latent, capacity.dict_size)
+    d_value = products(params.W_dec, rows, latent_starts, row)
     grads = Gradients(
         source=source,
         d_rows=rows,
-        row=row[order],
+        row=row,
         token=active.token[order],
         value=active.value[order],
-        d_value=d_value[order],
-        starts=counted(active.latent, capacity.dict_size),
-        b_enc=b_enc.index_add_(0, active.latent, d_value),
+        d_value=d_value,
+        starts=latent_starts,
+        b_enc=b_enc.index_add_(0, active.latent[order], d_value),
         b_dec=errors[:, 0].sum(dim=0),
         W_skip=None if params.W_skip is None else source.T @ errors[:, 0],
         dead=of_dead,
