@@ -34,6 +34,8 @@ SILENT = -10.0
 """Bias of a latent that must not fire, in standard deviations of its pre-latent."""
 
 
+PRODUCTS = ("aten.mm", "aten.addmm", "aten._int_mm")
+
 Step = Callable[[Tensor, Tensor], None]
 """One whole training step on source and target [batch, d]: forward, backward, update."""
 
@@ -109,7 +111,7 @@ class EncoderTime(TorchDispatchMode):
         self.n_missing = case.batch * case.dict_size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in (torch.ops.aten.mm, torch.ops.aten.addmm) or self.n_missing <= 0:
+        if str(func.overloadpacket) not in PRODUCTS or self.n_missing <= 0:
             return func(*args, **(kwargs or {}))
         wait(self.case.device)
         started = time.perf_counter()

@@ -301,7 +301,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("activation", ["batch_top_k", "top_k"])
 def test_bfloat16_rounds_products_and_nothing_that_is_kept(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "pays", lambda source: False)
+    monkeypatch.setattr(screen, "fitting", lambda source, share: None)
     cells = [
         step_cell(step_dtype=dtype, activation=activation, n_batches_to_dead=2) for dtype in ("float32", "bfloat16")
     ]

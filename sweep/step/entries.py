@@ -122,7 +122,7 @@ def sums_in_columns(
     starts: Int[Tensor, " n_sums"],
     weights: Float[Tensor, " n"],
 ) -> Float[Tensor, "n_sums d"]:
-    """Weighted sums, some columns at a time, so that rows stay in cache: worth the copies where each is summed often."""
+    """Weighted sums, some columns at a time: rows stay in cache, worth the copies where each is summed often."""
     return torch.cat([weighted_sums(part, index, starts, weights) for _, part in in_columns(rows)], dim=1)
 
 

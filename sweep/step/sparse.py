@@ -30,8 +30,9 @@ from sweep.transcoder import Parameters
 
 __all__ = ["Gradients", "gradients", "learn_"]
 
-BLOCK_WEIGHTS = 1 << 17
-"""Encoder weights updated at once: with decoder, gradients and moments this stays in cache."""
+BLOCK_WEIGHTS = 1 << 19
+"""Encoder weights updated at once: so many that a block's many small operations do not count, and still few enough for
+cache, with decoder, gradients and moments."""
 
 
 @dataclass(frozen=True)
