@@ -66,7 +66,6 @@ NO_COSINE = -2.0
 DENSE_SHARE = 1 / 20
 """From this share of the pairs of a tile on, one product of all of them is faster."""
 
-
 PIECE_BYTES = 4 << 20
 """Of rows in float64 at once: they stay in cache."""
 

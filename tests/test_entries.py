@@ -4,7 +4,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweep.step.entries import Active, counted, entries, kth_largest, places, products, sorting, weighted_sums
+from sweep.step.entries import (
+    COLUMNS,
+    Active,
+    counted,
+    entries,
+    kth_largest,
+    places,
+    products,
+    sorting,
+    sums_in_columns,
+    weighted_sums,
+)
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -37,3 +48,11 @@ def test_sums_and_products_are_those_of_the_dense_matrix() -> None:
     starts = counted(found.token, 7)
     torch.testing.assert_close(weighted_sums(rows, found.latent, starts[:-1], found.value), dense @ rows)
     torch.testing.assert_close(products(others, rows, starts, found.latent), (others @ rows.T)[dense > 0])
+
+
+def test_sums_some_columns_at_a_time_are_the_sums() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows, index = torch.randn(30, 2 * COLUMNS + 5, generator=g), torch.randint(30, (100,), generator=g)
+    starts, weights = torch.tensor([0, 0, 7, 60]), torch.randn(100, generator=g)
+    wanted = weighted_sums(rows, index, starts, weights)
+    torch.testing.assert_close(sums_in_columns(rows, index, starts, weights), wanted)

@@ -14,8 +14,9 @@ from sweep.config import Capacity
 from sweep.finish import finish
 from sweep.initialise import initial_state
 from sweep.language_model import Activations
-from sweep.refit import Normal, in_chunks, in_columns, iterates, loss, refit, stacked, unstacked
+from sweep.refit import Normal, in_chunks, iterates, loss, refit, stacked, unstacked
 from sweep.step import active
+from sweep.step.entries import in_columns
 from sweep.step.loss import transcoder_loss
 from sweep.transcoder import Parameters, select
 

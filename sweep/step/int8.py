@@ -21,13 +21,13 @@ from sweep.transcoder import Parameters
 __all__ = ["Int8Bounds"]
 
 LEVEL_COLUMNS = 16
-"""For the height: it may be a quarter of |x| |w|, or what is looked for has coarser weights."""
+"""For the height: enough for a quarter of |x| |w|; a latent for which it is more gets a larger scale."""
 
 MOST_COLUMNS = 64
 """For what rounding changed in the source; where it takes more, there is no telling anything apart."""
 
 NARROWEST = 64
-"""Tokens are not scaled up by more, compared to the largest."""
+"""No token's scale is a smaller part of the largest one than one by this."""
 
 SAFE = 1 + 2.0**-10
 """More than float32 may be off where a bound is computed."""
