@@ -35,6 +35,7 @@ SILENT = -10.0
 
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten._int_mm")
+"""Operations that multiply whole matrices."""
 
 Step = Callable[[Tensor, Tensor], None]
 """One whole training step on source and target [batch, d]: forward, backward, update."""

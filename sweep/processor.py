@@ -5,10 +5,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Int8, Int32
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
-__all__ = ["BFLOAT16_UNIT", "LARGEST_INT8", "has_fast_bfloat16", "has_fast_int8", "int8_product"]
+__all__ = [
+    "BFLOAT16_UNIT",
+    "LARGEST_INT8",
+    "has_fast_bfloat16",
+    "has_fast_int8",
+    "int8_product",
+    "int8_scales",
+    "whole_multiples_",
+]
 
 BFLOAT16_UNIT = 2.0**-8
 """Rounding to bfloat16 changes a number by no more than this share of it."""
@@ -43,6 +51,19 @@ def int8_product(
     if left.shape[1] == 1:  # the library's product of single columns is anything
         return torch.mul(left.int(), right.int().T, out=out)
     return torch._int_mm(left, right.T, out=out)
+
+
+def int8_scales(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """For each row the least scale of which its elements are no more than 127 multiples; positive for zeros, too."""
+    largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
+    return (largest / LARGEST_INT8).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def whole_multiples_(rows: Float[Tensor, "n d"], scales: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """The nearest whole multiples of each row's scale; what rounding changed is left in the rows."""
+    whole = (rows / scales.unsqueeze(1)).round_()
+    rows.addcmul_(whole, scales.unsqueeze(1), value=-1)
+    return whole
 
 
 def has_any(*names: str) -> bool:

@@ -23,7 +23,7 @@ from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.language_model import Activations
 from sweep.step.active import encode, encode_above
-from sweep.step.entries import Active, counted, in_columns, sorting, weighted_sums
+from sweep.step.entries import Active, counted, in_columns, sorting, sums_in_columns, weighted_sums
 from sweep.step.sparse import add_earlier_, add_later_, rows_of
 from sweep.transcoder import Parameters
 
@@ -191,11 +191,7 @@ class Design:
     def add_to_latents(self, errors: Float[Tensor, "n n_groups d_out"], latents: Weights) -> None:
         """Only those of latents; `errors` then holds the weighted sum of the prefixes each group is part of."""
         add_later_(errors, self.shares)
-        latents += self.by_latent(errors.flatten(0, 1), self.row)
-
-    def by_latent(self, rows: Float[Tensor, "n_rows d"], row: Int[Tensor, " n_active"]) -> Float[Tensor, "dict_size d"]:
-        """The sum of some rows for each latent, times its value in them."""
-        return weighted_sums(rows, row, self.latent_starts, self.value_by_latent)
+        latents += weighted_sums(errors.flatten(0, 1), self.row, self.latent_starts, self.value_by_latent)
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,7 @@ class Normal:
         for design in designs:
             power.index_add_(0, design.latent, design.value.square())
             token = design.row // len(design.shares)
-            crossed += torch.cat([design.by_latent(part, token) for _, part in in_columns(design.shared)], dim=1)
+            crossed += sums_in_columns(design.shared, token, design.latent_starts, design.value_by_latent)
             moments += design.shared.T @ design.shared
         weight = power.new_zeros(capacity.dict_size)
         for end, share in zip(capacity.groups, capacity.shares, strict=True):

@@ -19,7 +19,14 @@ from torch import Tensor
 from sweep import chunks
 from sweep.chunks import consecutive, pieces
 from sweep.metrics import Metrics, ratio
-from sweep.processor import BFLOAT16_UNIT, LARGEST_INT8, has_fast_bfloat16, has_fast_int8, int8_product
+from sweep.processor import (
+    BFLOAT16_UNIT,
+    has_fast_bfloat16,
+    has_fast_int8,
+    int8_product,
+    int8_scales,
+    whole_multiples_,
+)
 from sweep.step.entries import counted, products, token_and_column
 
 __all__ = ["SIMILAR", "DecoderSimilarity", "decoder_similarity"]
@@ -79,12 +86,13 @@ def coarse_dtype(device: torch.device) -> torch.dtype:
 
 def rounded(unit: Float[Tensor, "n d"], dtype: torch.dtype) -> tuple[Tensor, Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Rows as multiples of a step for each, the steps, and the norms of what rounding changed."""
-    steps = torch.ones_like(unit[:, 0])
     if dtype == torch.int8:
-        steps = unit.abs().amax(dim=1).clamp_min(torch.finfo(unit.dtype).tiny) / LARGEST_INT8
-    multiples = (unit / steps.unsqueeze(1)).round_() if dtype == torch.int8 else unit.to(dtype)
-    changed = torch.linalg.vector_norm(unit - multiples * steps.unsqueeze(1), dim=1)
-    return multiples.to(dtype), steps, changed
+        steps, rest = int8_scales(unit), unit.clone()
+        multiples = whole_multiples_(rest, steps)
+    else:
+        steps, multiples = torch.ones_like(unit[:, 0]), unit.to(dtype)
+        rest = unit - multiples
+    return multiples.to(dtype), steps, torch.linalg.vector_norm(rest, dim=1)
 
 
 class UnitRows:

@@ -43,12 +43,13 @@ def ram(tmp_path: "Path") -> "Iterator[Path]":
 @pytest.fixture
 def exact_integers() -> "Iterator[None]":
     """Products of integers are exact, also where this processor has no instruction for them."""
+    from sweep import similarity
     from sweep.processor import has_fast_int8
     from sweep.step import int8
 
     with pytest.MonkeyPatch.context() as patch:
-        if not has_fast_int8():
-            patch.setattr(int8, "int8_product", lambda left, right, out: out.copy_(left.double() @ right.T.double()))
+        for module in () if has_fast_int8() else (int8, similarity):
+            patch.setattr(module, "int8_product", lambda left, right, out: out.copy_(left.double() @ right.T.double()))
         yield
 
 

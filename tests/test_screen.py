@@ -147,7 +147,7 @@ def test_few_are_looked_at_in_vain(kind: type[Bounds], most: float) -> None:
 
 @each_kind
 @made
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_largest_of_a_batch_are_those_of_all_exact_values(
     kind: type[Bounds], seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int
 ) -> None:

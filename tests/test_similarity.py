@@ -8,15 +8,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sweep import chunks, similarity
-from sweep.processor import has_fast_int8
 from sweep.similarity import SIMILAR, decoder_similarity
 
 
 @pytest.fixture(autouse=True, params=["float32", "bfloat16", "int8"])
-def coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "int8" and not has_fast_int8():
-        product = "int8_product"
-        monkeypatch.setattr(similarity, product, lambda left, right, out: out.copy_(left.double() @ right.T.double()))
+def coarse(request: pytest.FixtureRequest, exact_integers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("bfloat16", "int8"):
         monkeypatch.setattr(similarity, f"has_fast_{name}", lambda fast=request.param == name: fast)
 

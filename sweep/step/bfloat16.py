@@ -27,7 +27,6 @@ class BFloat16Bounds(Bounds):
         of_token = torch.stack([error, norm], dim=1) * (1 + 2 * UNIT)
         self._left = torch.cat([rounded, of_token.bfloat16(), rounded.new_ones(len(source), 2)], dim=1)
         self.hold &= bool(self._left.isfinite().all())
-        self._out = rounded.new_empty(0)
 
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:
         rounded, norm = weights.bfloat16(), norms(weights)
@@ -37,8 +36,6 @@ class BFloat16Bounds(Bounds):
         high = bias.bfloat16()
         right = torch.cat([rounded, errors.bfloat16(), high[:, None], (bias - high + of_bias).bfloat16()[:, None]], 1)
         self.hold &= bool(right.isfinite().all())
-        if len(self._out) < (n := len(self._left) * len(right)):
-            self._out = self._left.new_empty(n)
-        bounds = torch.mm(self._left, right.T, out=self._out[:n].view(len(self._left), -1))
+        bounds = torch.mm(self._left, right.T, out=self.room(len(right), torch.bfloat16))
         bits = int(torch.tensor(least * (1 - UNIT)).view(torch.int32)) >> 16  # integers of 16 bits compare faster
         return token_and_column(bounds.view(torch.int16) >= bits)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from sweep.chunks import pieces
@@ -51,6 +51,7 @@ class Bounds(ABC):
         self._mean_norm = self._mean.norm()
         # Sums of d_in products in float32 are off, too: by less than this share of the factors' norms.
         self._of_sums = (source.shape[1] + 16) * 2.0**-23
+        self._room: Tensor | None = None
         self.n_candidates = 0
         """Entries that had to be looked at since the first block."""
         self.hold = all(bool(tensor.isfinite().all()) for tensor in (source, params.b_enc))
@@ -76,6 +77,13 @@ class Bounds(ABC):
         kept = no_less(value, least).nonzero().squeeze(1)
         latent = column[kept] + block.start
         return Active(token[kept], latent if self._among is None else self._among[latent], value[kept])
+
+    def room(self, n_columns: int, dtype: torch.dtype) -> Shaped[Tensor, "batch n_columns"]:
+        """Memory for the bounds of a block, which those of the next overwrite."""
+        n = len(self._source) * n_columns
+        if self._room is None or len(self._room) < n:
+            self._room = torch.empty(n, dtype=dtype, device=self._source.device)
+        return self._room[:n].view(len(self._source), n_columns)
 
     @abstractmethod
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:

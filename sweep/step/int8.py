@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
-from sweep.processor import LARGEST_INT8, int8_product
+from sweep.processor import LARGEST_INT8, int8_product, int8_scales, whole_multiples_
 from sweep.step.bounds import Bounds, Place, norms
 from sweep.step.entries import token_and_column
 from sweep.transcoder import Parameters
@@ -32,9 +32,6 @@ NARROWEST = 64
 SAFE = 1 + 2.0**-10
 """More than float32 may be off where a bound is computed."""
 
-TINY = torch.finfo(torch.float32).tiny
-"""A scale where there is nothing but zeros."""
-
 
 class Int8Bounds(Bounds):
     element_bytes = 4
@@ -47,12 +44,12 @@ class Int8Bounds(Bounds):
         d_in = source.shape[1]
         self._root = SAFE**2 * math.sqrt(d_in)
         """What norms are divided by, so that they fit a column, and what they are multiplied with is multiplied by."""
-        own = largest(self._centred) / LARGEST_INT8
-        self._unit = torch.maximum(own.amin(), own.amax() / NARROWEST).clamp_min(TINY)
+        own = int8_scales(self._centred)
+        self._unit = torch.maximum(own.amin(), own.amax() / NARROWEST)
         share = (LARGEST_INT8 * self._unit / own).floor().clamp(1, LARGEST_INT8)
         scale = LARGEST_INT8 * self._unit / share
         of_source = norms(self._centred)
-        whole = rounded_(self._centred, scale)
+        whole = whole_multiples_(self._centred, scale)
         norm, changed = norms(whole), norms(self._centred) + 2.0**-21 * (of_source + self._mean_norm)
         error = SAFE * self._root * (changed / scale + self._of_sums * norm)
         self.hold &= bool(error.isfinite().all()) and float(error.amax()) < MOST_COLUMNS * LARGEST_INT8
@@ -64,13 +61,10 @@ class Int8Bounds(Bounds):
             (spread(error.ceil(), self._n_error), self._n_error),
             ((SAFE / self._root * norm).ceil().unsqueeze(1), self._n_norm),
         )
-        self._out = torch.empty(0, dtype=torch.int32)
 
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:
         right = self._right(weights, bias, least)
-        if len(self._out) < (n := len(self._left) * len(right)):
-            self._out = torch.empty(n, dtype=torch.int32)
-        sums = int8_product(self._left, right, self._out[:n].view(len(self._left), -1))
+        sums = int8_product(self._left, right, self.room(len(right), torch.int32))
         return token_and_column(sums >= 0)
 
     def _right(
@@ -80,9 +74,9 @@ class Int8Bounds(Bounds):
         height = least - bias - weights @ self._mean - (bias.abs() + norm * self._mean_norm) * self._of_sums
         full = LARGEST_INT8 * self._unit
         coarsest = SAFE * height.abs() / (LEVEL_COLUMNS * LARGEST_INT8 * full)
-        scale = torch.maximum(largest(weights) / LARGEST_INT8, coarsest).clamp_min(TINY)
+        scale = torch.maximum(int8_scales(weights), coarsest)
         self.hold &= bool((norm / scale).isfinite().all())
-        whole = rounded_(weights, scale)
+        whole = whole_multiples_(weights, scale)
         changed = norms(weights)
         level = height / (scale * full)
         return side_by_side(
@@ -91,18 +85,6 @@ class Int8Bounds(Bounds):
             ((SAFE / self._root * norm / scale).ceil().unsqueeze(1), self._n_error),
             (spread((SAFE * self._root * changed / scale).ceil(), self._n_norm), self._n_norm),
         )
-
-
-def largest(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """The largest absolute value of each row."""
-    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
-
-
-def rounded_(rows: Float[Tensor, "n d"], scale: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
-    """The nearest whole multiples of each row's scale; what rounding changed is left in the rows."""
-    whole = (rows / scale.unsqueeze(1)).round_()
-    rows.addcmul_(whole, scale.unsqueeze(1), value=-1)
-    return whole
 
 
 def side_by_side(*parts: tuple[Float[Tensor, "n _"], int]) -> Int8[Tensor, "n n_columns"]:
