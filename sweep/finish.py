@@ -15,6 +15,7 @@ from sweep.config import Cell
 from sweep.language_model import Activations
 from sweep.refit import refit
 from sweep.state import TrainState
+from sweep.step.entries import k_largest, kth_largest
 from sweep.transcoder import Parameters, Transcoder, fold, pre_latents
 
 __all__ = ["finish", "fit_threshold"]
@@ -71,8 +72,8 @@ def fit_threshold(params: Parameters, sources: Iterable[Float[Tensor, "_ d_in"]]
             pre = pre_latents(params, chunk)
             kept = torch.cat([kept, pre[pre > bound]])
             if len(kept) > 2 * n_wanted:
-                kept = kept.topk(n_wanted + 1, sorted=False).values
-                bound = float(kept.min())
+                kept = k_largest(kept, n_wanted + 1)
+                bound = float(kept[0])
     if len(kept) <= n_wanted:
         return 0.0
-    return float(kept.topk(n_wanted + 1).values[-1])
+    return kth_largest(kept, n_wanted + 1)

@@ -11,6 +11,7 @@ from sweep.step.entries import (
     entries,
     kth_largest,
     places,
+    places_of_largest,
     products,
     sorting,
     sums_in_columns,
@@ -29,6 +30,21 @@ def test_the_kth_largest_is_that_of_topk(values: list[float], data: st.DataObjec
     tensor = torch.tensor(values)
     k = data.draw(st.integers(1, len(values)))
     torch.testing.assert_close(torch.tensor(kth_largest(tensor, k)), tensor.topk(k).values[-1], equal_nan=True)
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.floats(width=32), min_size=n, max_size=n), min_size=1)),
+    st.data(),
+)
+def test_places_of_the_largest_are_some_that_hold_the_values_of_topk(
+    rows: list[list[float]], data: st.DataObject
+) -> None:
+    values = torch.tensor(rows)
+    k = data.draw(st.integers(1, values.shape[1]))
+    found = places_of_largest(values, k)
+    assert bool((found.diff(dim=1) > 0).all())
+    largest = values.gather(1, found).topk(k, dim=1).values
+    torch.testing.assert_close(largest, values.topk(k, dim=1).values, rtol=0, atol=0, equal_nan=True)
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))

@@ -19,7 +19,7 @@ from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.step import screen
 from sweep.step.bounds import Bounds
-from sweep.step.entries import Active, entries, kth_largest, no_less, places, sorting
+from sweep.step.entries import Active, entries, k_largest, kth_largest, no_less, places, sorting
 from sweep.step.revive import Revived, among_dead
 from sweep.transcoder import Parameters, largest
 
@@ -232,8 +232,8 @@ class TopK:
         maxima = torch.cat(self._maxima, dim=1)
         bound = pre.new_zeros(len(pre), 1)
         if maxima.shape[1] >= self.k:
-            maxima = maxima.topk(self.k, dim=1, sorted=False).values
-            bound = maxima.amin(dim=1, keepdim=True)
+            maxima = k_largest(maxima, self.k)
+            bound = maxima[:, :1]
         self._maxima = [maxima]
         self._kept.append(entries(start, pre, no_less(pre, bound.clamp_min(TINY))))
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.processor import BFLOAT16_UNIT as UNIT
-from sweep.step.bounds import Bounds, Place, norms
+from sweep.step.bounds import Bounds, Place, finite, norms
 from sweep.step.entries import token_and_column
 from sweep.transcoder import Parameters
 
@@ -26,16 +26,17 @@ class BFloat16Bounds(Bounds):
         error += 2.0**-21 * (norms(self._centred) + self._mean_norm)
         of_token = torch.stack([error, norm], dim=1) * (1 + 2 * UNIT)
         self._left = torch.cat([rounded, of_token.bfloat16(), rounded.new_ones(len(source), 2)], dim=1)
-        self.hold &= bool(self._left.isfinite().all())
+        self.hold &= finite(of_token)
 
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:
         rounded, norm = weights.bfloat16(), norms(weights)
-        errors = torch.stack([norm, norms(weights - rounded)], dim=1) * (1 + 2 * UNIT)
+        errors = torch.stack([norm, norms(weights - rounded)]) * (1 + 2 * UNIT)
         of_bias = (bias.abs() + norm * self._mean_norm) * (self._of_sums + UNIT**2)
         bias = bias + weights @ self._mean
         high = bias.bfloat16()
-        right = torch.cat([rounded, errors.bfloat16(), high[:, None], (bias - high + of_bias).bfloat16()[:, None]], 1)
-        self.hold &= bool(right.isfinite().all())
+        of_latent = torch.stack([*errors, high, bias - high + of_bias], dim=1)
+        self.hold &= finite(of_latent)
+        right = torch.cat([rounded, of_latent.bfloat16()], dim=1)
         bounds = torch.mm(self._left, right.T, out=self.room(len(right), torch.bfloat16))
         bits = int(torch.tensor(least * (1 - UNIT)).view(torch.int32)) >> 16  # integers of 16 bits compare faster
         return token_and_column(bounds.view(torch.int16) >= bits)

@@ -22,7 +22,7 @@ from sweep.chunks import pieces
 from sweep.step.entries import Active, counted, no_less, products
 from sweep.transcoder import Parameters
 
-__all__ = ["Bounds", "norms"]
+__all__ = ["Bounds", "finite", "norms"]
 
 MOST_CANDIDATES = 1 / 20
 """A share of all entries."""
@@ -54,7 +54,7 @@ class Bounds(ABC):
         self._room: Tensor | None = None
         self.n_candidates = 0
         """Entries that had to be looked at since the first block."""
-        self.hold = all(bool(tensor.isfinite().all()) for tensor in (source, params.b_enc))
+        self.hold = finite(source, params.b_enc)
         """Whether all that was looked at is finite; else bounds mean nothing."""
 
     @property
@@ -95,6 +95,12 @@ def stretch(source: Float[Tensor, "batch d_in"], weights: Float[Tensor, "n d_in"
     some = weights[:: max(len(weights) // 1024, 1)]
     ratio = (source.square().mean(dim=0) / some.square().mean(dim=0)).sqrt()
     return torch.where((ratio > 0) & ratio.isfinite(), ratio.log2().div(2).round().exp2(), 1)
+
+
+def finite(*tensors: Float[Tensor, "..."]) -> bool:
+    """Whether all elements are finite, and not so large that their squares are not: one sum, where to ask each takes
+    as long as a product."""
+    return bool(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).isfinite().all())
 
 
 def norms(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

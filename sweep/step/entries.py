@@ -18,9 +18,11 @@ __all__ = [
     "counted",
     "entries",
     "in_columns",
+    "k_largest",
     "kth_largest",
     "no_less",
     "places",
+    "places_of_largest",
     "products",
     "sorting",
     "sums_in_columns",
@@ -90,8 +92,24 @@ def no_less(values: Float[Tensor, "*n"], least: float | Float[Tensor, "#*n"]) ->
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
-    """What is no number counts as largest. numpy selects ten times as fast as `topk`."""
-    return float(np.partition(values.numpy(force=True), -k)[-k])
+    """What is no number counts as largest."""
+    return float(k_largest(values, k)[0])
+
+
+def k_largest(values: Float[Tensor, "*n m"], k: int) -> Float[Tensor, "*n k"]:
+    """The `k` largest numbers of each row, the least of them first; what is no number counts as largest. numpy selects
+    four to ten times as fast as `topk`."""
+    n = values.shape[-1]
+    return torch.from_numpy(np.partition(values.numpy(force=True), n - k)[..., n - k :]).to(values.device)
+
+
+def places_of_largest(values: Float[Tensor, "n m"], k: int) -> Int64[Tensor, "n k"]:
+    """The columns of the `k` largest numbers of each row, sorted; of equals any."""
+    n_rows, n_columns = values.shape
+    found = places(no_less(values, k_largest(values, k)[:, :1]).flatten())
+    if len(found) > n_rows * k:  # a row has equals or what is no number; none has fewer than k
+        return values.topk(k, dim=1).indices.sort(dim=1).values
+    return found.view(n_rows, k) - torch.arange(n_rows, device=values.device).unsqueeze(1) * n_columns
 
 
 def sorting(index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:

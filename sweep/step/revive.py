@@ -11,7 +11,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.chunks import pieces
-from sweep.step.entries import Active, aligned_product, counted, entries, no_less, products, sorting, sums_in_columns
+from sweep.step.entries import (
+    Active,
+    aligned_product,
+    counted,
+    entries,
+    no_less,
+    places_of_largest,
+    products,
+    sorting,
+    sums_in_columns,
+)
 from sweep.step.loss import mean_squares
 from sweep.transcoder import Parameters
 
@@ -49,8 +59,8 @@ class Revived:
     @classmethod
     def of(cls, dead: Int64[Tensor, " n_dead"], dead_pre: Float[Tensor, "batch n_dead"], top_k_aux: int) -> "Revived":
         """The `top_k_aux` largest pre-latents of each token; negative ones, too."""
-        value, place = dead_pre.topk(min(top_k_aux, len(dead)), dim=1, sorted=False)
-        return cls(dead, place, value)
+        place = places_of_largest(dead_pre, min(top_k_aux, len(dead)))
+        return cls(dead, place, dead_pre.gather(1, place))
 
     @property
     def is_dense(self) -> bool:
