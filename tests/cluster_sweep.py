@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 from cluster import Cluster
+from commands import ROOT
 from gangs import same_bytes
-from test_cli import ROOT
 
 from sweep.config import cell_from_json
 from sweep.paths import CacheFolder, CellFolder, ResultsFolder

@@ -11,20 +11,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import analysis as run
 from make import row_file, write_cell
-from typer.testing import CliRunner, Result
 
 from analysis import files, show
-from analysis.__main__ import app
 from analysis.query import tables_named
 from sweep.results import TABLES
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = (["rank"], ["effects"], ["query"], ["report"], ["schema"])
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def process(*words: object, code: str | None = None) -> "subprocess.CompletedProcess[str]":

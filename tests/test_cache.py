@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import sweep as run
 from gangs import make_workflow, run_cells
 from make import make_cell
-from test_sweep_cli import run
 
 from sweep.cache import entries, in_use
 from sweep.paths import CacheFolder

@@ -8,24 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from make import make_cell
+from states import CELL, INPUTS, equal, make_state
 
 from sweep.checkpoint import load_latest, save
 from sweep.errors import CheckpointError
-from sweep.initialise import initial_state
 from sweep.paths import CellFolder
 from sweep.state import TrainState
-
-CELL = make_cell(rate_by_spread=True, centre_source=True)
-INPUTS = {"tokens_hash": "hash", "model_hash": "weights"}
-
-
-def make_state(step: int) -> TrainState:
-    g = torch.Generator().manual_seed(step)
-    pair = (torch.randn(99, 32, generator=g) for _ in range(2))
-    state = initial_state(*pair, CELL.capacity, step, schedule=CELL.schedule)
-    state.step = step
-    state.curve = [(0, "loss", 0.1 + 0.2), (step, "l0", 1e-17)]
-    return state
 
 
 @pytest.fixture
@@ -35,12 +23,6 @@ def folder(tmp_path: Path) -> CellFolder:
     for step in (10, 20):
         save(make_state(step), cell_folder, CELL, INPUTS)
     return cell_folder
-
-
-def equal(one: TrainState, other: TrainState) -> bool:
-    tensors = zip(one.tensors().items(), other.tensors().items(), strict=True)
-    same = all(a == b and torch.equal(x, y) for (a, x), (b, y) in tensors)
-    return same and one.scalars() == other.scalars()
 
 
 def test_save_and_load_give_the_same_state(folder: CellFolder) -> None:

@@ -7,28 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import GRID, ROOT
+from commands import sweep_runner as run
 from gangs import same_bytes
 
 from sweep.config import cell_from_json
 from sweep.launch.rounds import stopping
 from sweep.paths import CacheFolder, ResultsFolder
-
-ROOT = Path(__file__).parents[1]
-GRID = ("model=tiny", "dict_size=64,128", "top_k=4,8", "steps=30")
-
-
-def run(
-    *arguments: str, cwd: Path = ROOT, timeout: float = 300, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, env=environment
-    )
 
 
 def analysis(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from commands import sweep as run
+from foreign_files import OVERRIDES, weights, write
 from gangs import make_workflow, run_cells
 from gemma_scope import random_arrays, write_first, write_second
 from make import make_cell
-from test_foreign import OVERRIDES, weights, write
-from test_sweep_cli import run
 
 from sweep.paths import CacheFolder, ResultsFolder
 

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import GRID, ROOT
 from gangs import make_workflow, run_cells
 from make import make_cell
-from test_cli import GRID
-from test_layers import OURS
+from modules import OURS
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
 from sweep.paths import CacheFolder
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import analysis, sweep
+from commands import sweep_runner as run
 from gemma_scope import write_thresholds
-from test_analysis_cli import run as analysis
-from test_cli import run
-from test_sweep_cli import run as sweep
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from closeness import assert_close
 from make import make_site
-from test_metrics import assert_close
 
 from sweep import chunks
 from sweep.config import Site

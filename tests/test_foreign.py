@@ -1,15 +1,14 @@
 """Torch files of other programs: the numbers of our own saved transcoder, nothing run, and every refusal."""
 
-import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import sweep as run
+from foreign_files import CONFIG, OVERRIDES, Evil, weights, write
 from make import make_cell
-from test_sweep_cli import run
 
 from sweep.errors import CheckpointError, ConfigError
 from sweep.foreign import ForeignTranscoder, options_in
@@ -19,22 +18,6 @@ from sweep.progress import silent
 from sweep.saved import Saved
 from sweep.score import score
 from sweep.transcoder import Transcoder, save_transcoder
-
-CONFIG = {"model_name": "tiny", "hook_layer": 1, "k": 4, "activation": "topk", "lr": 3e-4}
-OVERRIDES = ("seq_len=32", "n_tokens=2048", "n_calibration_tokens=512", "n_heldout_tokens=512", "batch_size=64")
-
-
-def weights(dict_size: int = 64, d_in: int = 32, d_out: int = 32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"W_enc": (d_in, dict_size), "b_enc": (dict_size,), "W_dec": (dict_size, d_out), "b_dec": (d_out,)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def write(folder: Path, state: Any, config: dict[str, Any] | None = None, name: str = "transcoder.pt") -> Path:
-    folder.mkdir(exist_ok=True)
-    torch.save(state, folder / name)
-    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
-    return folder
 
 
 def turned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,14 +42,6 @@ def test_the_command_scores_it(cache: CacheFolder, tmp_path: Path) -> None:
                "--batches", 1, "model=tiny", "top_k=4", "seq_len=32")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "\nold: tiny layer 1, norm_out -> mlp_out\n8 held-out rows of docstrings" in done.stdout
-
-
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_malicious_pickle_does_nothing(tmp_path: Path) -> None:

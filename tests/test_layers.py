@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from commands import ROOT
+from modules import OURS, modules
 
 LAYERS: list[set[str]] = [
     {
@@ -118,16 +118,6 @@ ANALYSIS_MAY_USE = {"sweep.results", "sweep.config", "sweep.options", "sweep.pat
                     "sweep.baselines.published", "sweep.checkout", "sweep.recovered", "sweep.stdout"}  # fmt: skip
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def modules(*folders: str) -> dict[str, Path]:
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    return {module_name(path): path for path in files}
-
-
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Modules a file imports; at run time and at its top level, or anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -155,9 +145,6 @@ def top_level(tree: ast.AST) -> list[ast.AST]:
 
 def level(module: str) -> int:
     return next(index for index, layer in enumerate(LAYERS) if module in layer)
-
-
-OURS = modules("sweep") | {"sweep_runner": ROOT / "sweep_runner.py"}
 
 
 def test_every_module_has_a_layer_and_every_layer_a_module() -> None:

@@ -13,17 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import ROOT, SMOKE, broken
+from commands import sweep_runner as run
 from gangs import same_bytes
-from test_cli import ROOT, run
 
 from sweep.config import cell_from_json
 from sweep.locks import try_lock
 from sweep.paths import CacheFolder, ResultsFolder
 from sweep.results import read_row
 from sweep.status import Status, read_status
-
-SMOKE = ("-m", "experiment=smoke", "n_causal_rows=0")
-"""Without the language model: jobs start in half the time, and activations are cached."""
 
 LONG = (*SMOKE, "seed=0,1", "steps=3000", "epochs=1", "checkpoint_steps=50", "keep_checkpoints=true")
 
@@ -53,12 +51,6 @@ def jobs_of(root: Path) -> list[psutil.Process]:
 def started(root: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(ROOT / "sweep_runner.py"), *arguments, f"results_dir={root}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def broken(faults: str) -> dict[str, str]:
-    """An environment in which steps break, as tests/broken says."""
-    path = os.pathsep.join([str(ROOT / "tests" / "broken"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "BREAK": faults}
 
 
 def unlocked(root: Path) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from commands import sweep as run
+from foreign_files import Evil, weights, write
 from gangs import make_workflow, run_cells
 from make import make_cell, make_options, row_file, write_cell
 from mutations import tree
-from test_foreign import Evil, weights, write
-from test_sweep_cli import run
 
 from analysis.tables import load_table
 from sweep.config import as_json

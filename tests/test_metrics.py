@@ -1,10 +1,9 @@
 """The accumulators against ten-line float64 references."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,12 +20,6 @@ from sweep.results import DEAD_AT_TOKENS
 
 T = 7  # tokens of a sequence
 CPU = torch.device("cpu")
-
-
-def assert_close(result: Metrics, expected: Metrics, rel: float) -> None:
-    """Equal to a relative tolerance; None equals only None."""
-    numbers = [{k: math.nan if v is None else v for k, v in values.items()} for values in (result, expected)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=rel, nan_ok=True)
 
 
 def hard_targets(rows: int = 12, d_out: int = 9, seed: int = 0) -> torch.Tensor:

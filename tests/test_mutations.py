@@ -40,7 +40,7 @@ from mutations import (
     tree,
 )
 from omegaconf import open_dict
-from test_checkpoint import INPUTS, make_state
+from states import INPUTS, make_state
 
 from analysis.report.decoder import neighbours
 from analysis.report.sweeps import sweeps_of

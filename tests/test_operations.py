@@ -13,7 +13,7 @@ import pytest
 from disk import FAULTS, Death, Disk, Fault, faulty
 from gangs import gang_cells, make_workflow, run_cells, same_bytes
 from make import make_cell
-from test_checkpoint import CELL, INPUTS, equal, make_state
+from states import CELL, INPUTS, equal, make_state
 
 from sweep import checkpoint, job
 from sweep.attempt import Attempt

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from gemma_scope import random_arrays, reference_prediction, write_first, write_second
+from known_answers import D, fvu, hugging_face, lookup
 from make import make_site
-from test_beside import D, fvu, hugging_face, lookup
 from torch import Tensor
 
 from sweep.baselines.family import scan

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from test_cli import run as sweep
-from test_sweep_cli import process, run
+from commands import sweep as run
+from commands import sweep_process as process
+from commands import sweep_runner as sweep
 
 from sweep.errors import ConfigError
 from sweep.launch.compose import cells_of

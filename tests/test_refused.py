@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from test_cli import run
+from commands import sweep_runner as run
 
 from sweep.errors import ConfigError
 from sweep.launch.compose import cells_of

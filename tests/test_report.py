@@ -13,8 +13,8 @@ from browser import CHROMIUM, browser, open_page, wait_for_charts
 from hypothesis import given
 from hypothesis import strategies as st
 from make import row_file, write_cell
+from placed import BASELINES, CELLS, write
 from safetensors.numpy import save_file
-from test_analysis_place import BASELINES, CELLS, write
 from typer.testing import CliRunner, Result
 
 from analysis.__main__ import app

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from commands import sweep as run
 from gangs import make_workflow, run_cells
 from make import make_cell
 from safetensors.torch import load_file, save_file
-from test_sweep_cli import run
 
 from sweep.config import Cell
 from sweep.errors import Interrupted

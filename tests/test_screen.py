@@ -212,7 +212,7 @@ def test_where_bounds_tell_nothing_apart_exact_values_do(kind: type[Bounds], mon
 
 @each_kind
 def test_what_is_no_number_has_no_bounds(kind: type[Bounds]) -> None:
-    for value in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf, torch.finfo(torch.float32).max):  # the last: rounded up, infinite
         for where in ("W_enc", "b_enc", "source"):
             params, source = make(0, 2.0, 0.0, 1.0, False)
             tensor = source if where == "source" else getattr(params, where)

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from cluster import Cluster, start_cluster
 from cluster_sweep import ClusterSweep, job_processes, was_sent
+from commands import SMOKE, broken
+from commands import sweep_runner as run
 from faults import last_table
-from test_cli import run
-from test_local import SMOKE, broken
 
 from sweep.attempt import newest
 from sweep.paths import CacheFolder, ResultsFolder

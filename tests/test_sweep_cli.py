@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import sweep as run
 from make import make_cell, write_cell
-from typer.testing import CliRunner, Result
 
 from sweep.__main__ import app
 from sweep.launch.rounds import freeze
@@ -14,15 +14,6 @@ from sweep.paths import ResultsFolder
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name for command in app.registered_commands]
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def process(*words: object, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "sweep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
 
 
 def test_start_loads_nothing_heavy() -> None:

@@ -16,7 +16,7 @@ from gangs import make_workflow, run_cells, same_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from make import make_cell
-from test_step import make_params
+from states import make_state
 
 from sweep import checkpoint, devices, train
 from sweep.errors import Interrupted
@@ -125,7 +125,7 @@ def test_looking_at_losses_late_changes_no_byte_of_it(
 
 
 def test_a_state_with_a_loss_that_is_not_finite_is_not_saved() -> None:
-    state = TrainState.initial(make_params(dtype=torch.float32), 1.0, 1.0)
+    state = make_state(0)
     saved: list[TrainState] = []
     run = train.Run(ONCE, state, saved.append, lambda step: state, 0)
     for losses, n_saved in (([], 1), ([1.0, 2.0], 2), ([1.0, math.inf, 2.0], 2)):
