@@ -23,6 +23,7 @@ from sweep.paths import CellFolder, atomic_directory, remove_directory, write_js
 from sweep.revisions import read_json, sha256_of_file
 from sweep.schedule import stage_before
 from sweep.state import TrainState
+from sweep.transcoder import Parameters
 
 __all__ = ["forget_after", "load_latest", "save"]
 
@@ -136,15 +137,8 @@ def _verify(path: Path) -> None:
 
 
 def _check_shapes(path: Path, state: TrainState, cell: Cell) -> None:
-    width, model = cell.capacity.dict_size, cell.model
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (model.d_in, width),
-        "b_enc": (width,),
-        "W_dec": (width, model.d_out),
-        "b_dec": (model.d_out,),
-    }
-    if cell.capacity.skip:
-        shapes["W_skip"] = (model.d_in, model.d_out)
+    model = cell.model
+    shapes = Parameters.shapes(model.d_in, cell.capacity.dict_size, model.d_out, cell.capacity.skip)
     fitted: dict[str, tuple[int, ...]] = {}
     if cell.schedule.rate_by_spread:
         fitted["write_rates"] = (model.d_out,)

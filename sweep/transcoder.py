@@ -58,6 +58,17 @@ class Parameters:
     b_dec: Float[Tensor, " d_out"]
     W_skip: Float[Tensor, "d_in d_out"] | None = None
 
+    @staticmethod
+    def shapes(d_in: int, dict_size: int, d_out: int, skip: bool) -> dict[str, tuple[int, ...]]:
+        """Of the tensors there are, by name."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_enc": (d_in, dict_size),
+            "b_enc": (dict_size,),
+            "W_dec": (dict_size, d_out),
+            "b_dec": (d_out,),
+        }
+        return shapes | ({"W_skip": (d_in, d_out)} if skip else {})
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors there are, by name."""
         return ((f.name, tensor) for f in fields(self) if (tensor := getattr(self, f.name)) is not None)
@@ -223,10 +234,5 @@ def load_transcoder(folder: Path, device: str = "cpu") -> Transcoder:
 
 
 def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    d_in, dict_size, d_out = config["d_in"], config["dict_size"], config["d_out"]
-    shapes = {"W_enc": (d_in, dict_size), "b_enc": (dict_size,), "W_dec": (dict_size, d_out), "b_dec": (d_out,)}
-    if config["activation"] == "jump_relu":
-        shapes["threshold"] = (dict_size,)
-    if config.get("skip"):
-        shapes["W_skip"] = (d_in, d_out)
-    return shapes
+    shapes = Parameters.shapes(config["d_in"], config["dict_size"], config["d_out"], bool(config.get("skip")))
+    return shapes | ({"threshold": (config["dict_size"],)} if config["activation"] == "jump_relu" else {})
