@@ -50,9 +50,10 @@ LAYERS: list[set[str]] = [
         "sweep.metrics",
         "sweep.contexts",
     },
-    {"sweep.block_files", "sweep.step.bounds", "sweep.step.revive", "sweep.similarity"},
+    {"sweep.block_files", "sweep.step.bounds", "sweep.similarity"},
     {"sweep.step.bfloat16", "sweep.step.int8"},
-    {"sweep.step.screen"},
+    {"sweep.step.screen", "sweep.step.shortlist"},
+    {"sweep.step.revive"},
     {"sweep.step.active"},
     {
         "sweep.step.reference",

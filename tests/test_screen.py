@@ -12,7 +12,7 @@ from torch import Tensor
 from sweep import chunks, processor
 from sweep.config import Capacity
 from sweep.processor import has_fast_bfloat16, has_fast_int8, int8_product
-from sweep.step import active, bounds, screen
+from sweep.step import active, bounds, screen, shortlist
 from sweep.step.active import encode, encode_above
 from sweep.step.bfloat16 import BFloat16Bounds
 from sweep.step.bounds import Bounds
@@ -99,7 +99,7 @@ def test_no_large_pre_latent_is_missed(
         looked = kind(params, source)
         parts = []
         for block in looked.blocks():
-            weights = params.W_enc.T[block] * looked._stretch
+            weights = params.W_enc.T[block] * looked.stretch
             token, column = looked.candidates(weights, params.b_enc[block], least)
             seen = torch.zeros(BATCH, len(weights), dtype=torch.bool).index_put((token, column), torch.tensor(True))
             assert seen[exact[:, block] >= least].all()
@@ -125,7 +125,7 @@ def test_bounds_hold_where_all_errors_add_up(kind: type[Bounds], width: int) -> 
         for least in exact[exact > 0].unique().tolist():
             seen = torch.zeros(2 * n, n, dtype=torch.bool)
             looked = kind(params, source)
-            seen[looked.candidates(weights * looked._stretch, params.b_enc, least)] = True
+            seen[looked.candidates(weights * looked.stretch, params.b_enc, least)] = True
             assert seen[exact >= least].all()
             assert not seen[exact < least - width].any()
 
@@ -143,6 +143,46 @@ def test_few_are_looked_at_in_vain(kind: type[Bounds], most: float) -> None:
         looked = kind(params, source)
         assert sum(len(looked.at_least(block, least).value) for block in looked.blocks()) == BATCH
         assert BATCH <= looked.n_candidates < most * BATCH
+
+
+@pytest.mark.parametrize("length", [1.0, 1.5])
+@made
+@settings(max_examples=60, deadline=None)
+def test_the_largest_of_each_token_by_bounds_are_those_of_all_values(
+    length: float, seed: int, spread: float, mean: float, bias: float, whole_numbers: bool, d_in: int
+) -> None:
+    params, source = make(seed, spread, mean, bias, whole_numbers, d_in)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shortlist, "LENGTH", length)  # 1: a token whose bounds are in another order gets all its values
+        patch.setattr(shortlist, "BLOCK_BYTES", 5 * 2 * 51)
+        for among in (torch.arange(WIDTH), torch.arange(0, WIDTH, 2), torch.tensor([3, 50, 99])):
+            exact = (source.double() @ params.W_enc.double() + params.b_enc.double())[:, among]
+            off = 1e-5 * (source.norm(dim=1) * params.W_enc.norm(dim=0).max() + params.b_enc.abs().max()).unsqueeze(1)
+            for k in (1, 3):
+                found = shortlist.largest_by_bounds(params, source, among, k)
+                assert found is not None
+                place, value = found
+                assert bool((place.diff(dim=1) > 0).all())
+                assert bool(((value - exact.gather(1, place)).abs() <= off).all())
+                wanted = exact.topk(k, dim=1).values
+                assert bool(((value.sort(dim=1, descending=True).values - wanted).abs() <= off).all())
+
+
+def test_few_tokens_get_all_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows, source = torch.randn(2000, 64, generator=g), torch.randn(50, 64, generator=g)
+    params = Parameters(rows.T, torch.full((2000,), -10.0), rows, torch.zeros(64))
+    n_exact: list[int] = []
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        n_exact.append(len(left))
+        return left @ right.T
+
+    monkeypatch.setattr(shortlist, "aligned_product", product)
+    assert shortlist.largest_by_bounds(params, source, torch.arange(2000), 60) is not None
+    assert sum(n_exact) <= 2
+    params.W_enc[0, 0] = torch.nan
+    assert shortlist.largest_by_bounds(params, source, torch.arange(2000), 60) is None
 
 
 @each_kind

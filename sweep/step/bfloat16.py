@@ -1,7 +1,7 @@
 """Bounds of pre-latents by products in bfloat16; two columns hold the bias, and what the mean adds to it."""
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
 from sweep.processor import BFLOAT16_UNIT as UNIT
@@ -29,6 +29,12 @@ class BFloat16Bounds(Bounds):
         self.hold &= finite(of_token)
 
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:
+        bounds = self.from_above(slice(None), self.right(weights, bias))
+        bits = int(torch.tensor(least * (1 - UNIT)).view(torch.int32)) >> 16  # integers of 16 bits compare faster
+        return token_and_column(bounds.view(torch.int16) >= bits)
+
+    def right(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"]) -> BFloat16[Tensor, "n n_columns"]:
+        """What latents of these stretched weights are for `from_above`."""
         rounded, norm = weights.bfloat16(), norms(weights)
         errors = torch.stack([norm, norms(weights - rounded)]) * (1 + 2 * UNIT)
         of_bias = (bias.abs() + norm * self._mean_norm) * (self._of_sums + UNIT**2)
@@ -36,7 +42,9 @@ class BFloat16Bounds(Bounds):
         high = bias.bfloat16()
         of_latent = torch.stack([*errors, high, bias - high + of_bias], dim=1)
         self.hold &= finite(of_latent)
-        right = torch.cat([rounded, of_latent.bfloat16()], dim=1)
-        bounds = torch.mm(self._left, right.T, out=self.room(len(right), torch.bfloat16))
-        bits = int(torch.tensor(least * (1 - UNIT)).view(torch.int32)) >> 16  # integers of 16 bits compare faster
-        return token_and_column(bounds.view(torch.int16) >= bits)
+        return torch.cat([rounded, of_latent.bfloat16()], dim=1)
+
+    def from_above(self, tokens: slice, right: BFloat16[Tensor, "n n_columns"]) -> BFloat16[Tensor, "n_tokens n"]:
+        """Bounds of these latents' pre-latents, rounded once more; the next ones overwrite them."""
+        left = self._left[tokens]
+        return torch.mm(left, right.T, out=self.room(len(left), len(right), torch.bfloat16))

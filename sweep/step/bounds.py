@@ -46,8 +46,9 @@ class Bounds(ABC):
         self._n_latents = len(params.b_enc if among is None else among)
         mean = source.mean(dim=0)
         centred = source - mean
-        self._stretch = stretch(centred, self._all_weights)
-        self._centred, self._mean = centred.div_(self._stretch), mean / self._stretch
+        self.stretch = stretch(centred, self._all_weights)
+        """Of each dimension, what weights are multiplied by."""
+        self._centred, self._mean = centred.div_(self.stretch), mean / self.stretch
         self._mean_norm = self._mean.norm()
         # Sums of d_in products in float32 are off, too: by less than this share of the factors' norms.
         self._of_sums = (source.shape[1] + 16) * 2.0**-23
@@ -71,19 +72,19 @@ class Bounds(ABC):
         """The entries of a block that are no less than a positive value, by token."""
         latents = block if self._among is None else self._among[block]
         weights, bias = self._all_weights[latents], self._bias[latents]
-        token, column = self.candidates(weights * self._stretch, bias, least)
+        token, column = self.candidates(weights * self.stretch, bias, least)
         self.n_candidates += len(token)
         value = products(self._source, weights, counted(token, len(self._source)), column) + bias[column]
         kept = no_less(value, least).nonzero().squeeze(1)
         latent = column[kept] + block.start
         return Active(token[kept], latent if self._among is None else self._among[latent], value[kept])
 
-    def room(self, n_columns: int, dtype: torch.dtype) -> Shaped[Tensor, "batch n_columns"]:
+    def room(self, n_tokens: int, n_columns: int, dtype: torch.dtype) -> Shaped[Tensor, "n_tokens n_columns"]:
         """Memory for the bounds of a block, which those of the next overwrite."""
-        n = len(self._source) * n_columns
+        n = n_tokens * n_columns
         if self._room is None or len(self._room) < n:
             self._room = torch.empty(n, dtype=dtype, device=self._source.device)
-        return self._room[:n].view(len(self._source), n_columns)
+        return self._room[:n].view(n_tokens, n_columns)
 
     @abstractmethod
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:

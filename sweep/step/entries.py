@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64, Real
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -96,7 +96,7 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
     return float(k_largest(values, k)[0])
 
 
-def k_largest(values: Float[Tensor, "*n m"], k: int) -> Float[Tensor, "*n k"]:
+def k_largest(values: Real[Tensor, "*n m"], k: int) -> Real[Tensor, "*n k"]:
     """The `k` largest numbers of each row, the least of them first; what is no number counts as largest. numpy selects
     four to ten times as fast as `topk`."""
     n = values.shape[-1]

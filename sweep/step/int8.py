@@ -64,7 +64,7 @@ class Int8Bounds(Bounds):
 
     def candidates(self, weights: Float[Tensor, "n d_in"], bias: Float[Tensor, " n"], least: float) -> Place:
         right = self._right(weights, bias, least)
-        sums = int8_product(self._left, right, self.room(len(right), torch.int32))
+        sums = int8_product(self._left, right, self.room(len(self._left), len(right), torch.int32))
         return token_and_column(sums >= 0)
 
     def _right(

@@ -23,6 +23,8 @@ from sweep.step.entries import (
     sums_in_columns,
 )
 from sweep.step.loss import mean_squares
+from sweep.step.screen import lists_are_short
+from sweep.step.shortlist import largest_by_bounds
 from sweep.transcoder import Parameters
 
 __all__ = ["DeadGradients", "Revived", "among_dead"]
@@ -61,6 +63,11 @@ class Revived:
         """The `top_k_aux` largest pre-latents of each token; negative ones, too."""
         place = places_of_largest(dead_pre, min(top_k_aux, len(dead)))
         return cls(dead, place, dead_pre.gather(1, place))
+
+    def no_less(self, least: float) -> Active:
+        """Those that are at least so large, by token."""
+        found = entries(0, self.value, no_less(self.value, least))
+        return Active(found.token, self.dead[self.place[found.token, found.latent]], found.value)
 
     @property
     def is_dense(self) -> bool:
@@ -125,10 +132,15 @@ def among_dead(
 
     Some tokens at a time, so that pre-latents stay in cache.
     """
-    weights, bias = params.W_enc.T[dead], params.b_enc[dead]
-    nothing = Active(dead[:0], dead[:0], bias[:0])
+    nothing = Active(dead[:0], dead[:0], params.b_enc[:0])
     if len(dead) == 0:
         return nothing, None
+    if lists_are_short(source, top_k_aux / len(dead)):
+        listed = largest_by_bounds(params, source, dead, top_k_aux)
+        revived = Revived(dead, *listed) if listed else None
+        if revived and not bool((revived.value.amin(dim=1) >= least).any()):  # else a token may have more of them
+            return revived.no_less(least), revived
+    weights, bias = params.W_enc.T[dead], params.b_enc[dead]
     awake, parts = [nothing], []
     for tokens in pieces(len(source), 4 * len(dead)):
         pre = aligned_product(source[tokens], weights).add_(bias)
