@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-__all__ = ["GRID", "ROOT", "SMOKE", "analysis", "broken", "sweep", "sweep_process", "sweep_runner"]
+__all__ = ["GRID", "ROOT", "SMOKE", "analysis", "analysis_process", "broken", "sweep", "sweep_process", "sweep_runner"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +47,13 @@ def analysis(*words: object) -> Result:
     from analysis.__main__ import app
 
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def analysis_process(*words: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m analysis`, or some code with these arguments, in a process of its own, to its end."""
+    start = ["-c", code] if code else ["-m", "analysis"]
+    command = [sys.executable, *start, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def broken(faults: str) -> dict[str, str]:

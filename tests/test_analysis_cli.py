@@ -11,21 +11,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import ROOT
 from commands import analysis as run
+from commands import analysis_process as process
 from make import row_file, write_cell
 
 from analysis import files, show
 from analysis.query import tables_named
 from sweep.results import TABLES
 
-REPOSITORY = Path(__file__).parents[1]
 COMMANDS = (["rank"], ["effects"], ["query"], ["report"], ["schema"])
-
-
-def process(*words: object, code: str | None = None) -> "subprocess.CompletedProcess[str]":
-    start = ["-c", code] if code else ["-m", "analysis"]
-    command = [sys.executable, *start, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def test_rank_loads_no_torch(results: Path):
 def test_a_reader_that_had_enough_ends_it_quietly(results: Path):
     sql = "select a.cell_id from curves a cross join curves b cross join curves c cross join curves d"
     command = [sys.executable, "-m", "analysis", "query", str(results), sql, "--csv"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"cell_id\n"
         child.stdout.close()

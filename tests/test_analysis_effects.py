@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import analysis
 from hypothesis import given
 from hypothesis import strategies as st
 from make import make_cell, write_cell
-from typer.testing import CliRunner
 
-from analysis.__main__ import app
 from analysis.effects import FIELDS, Effect, Effects, effects
 from analysis.effects_table import effects_text
 from analysis.presets import has_preset, preset
@@ -183,15 +182,14 @@ def test_a_run_that_was_given_a_preset_has_it(steps: int, width: int):
 def test_command_prints_json_csv_and_text(tmp_path: Path):
     for i, (lr, seed) in enumerate(itertools.product((1e-3, 2e-3), (0, 1))):
         write_cell(tmp_path, f"c{i}", options={"lr": lr, "seed": seed}, fvu=0.5 - 0.1 * (i > 1) + 0.001 * i)
-    run = CliRunner().invoke
-    records = json.loads(run(app, ["effects", str(tmp_path), "--json"]).stdout)
+    records = json.loads(analysis("effects", tmp_path, "--json").stdout)
     assert {record["option"] for record in records} == {"lr"}
     assert all(tuple(record) == FIELDS for record in records)
     assert {record["metric"] for record in records} <= {column.name for column in METRICS}
-    lines = list(csv.DictReader(io.StringIO(run(app, ["effects", str(tmp_path), "--csv"]).stdout)))
+    lines = list(csv.DictReader(io.StringIO(analysis("effects", tmp_path, "--csv").stdout)))
     assert [line["metric"] for line in lines] == [record["metric"] for record in records]
-    text = run(app, ["effects", str(tmp_path), "--metrics", "fvu"]).stdout
+    text = analysis("effects", tmp_path, "--metrics", "fvu").stdout
     assert "-0.098 ±" in text
-    bad = run(app, ["effects", str(tmp_path), "--metrics", "fvu,speed"])
+    bad = analysis("effects", tmp_path, "--metrics", "fvu,speed")
     assert (bad.exit_code, bad.stdout) == (2, "")
     assert "--metrics speed: no such metric" in bad.stderr

@@ -9,10 +9,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from commands import analysis
 from make import write_cell
-from typer.testing import CliRunner
-
-from analysis.__main__ import app
 
 PAGE = (Path(__file__).parents[1] / "docs" / "queries.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL))
@@ -83,7 +81,7 @@ def test_duckdb(snippet: Snippet):
 
 @pytest.mark.parametrize(("command", "shown"), COMMANDS)
 def test_commands_answer_in_the_columns_that_are_shown(command: str, shown: str):
-    result = CliRunner().invoke(app, shlex.split(command))
+    result = analysis(*shlex.split(command))
     if "did you mean" in shown:
         assert (result.exit_code, result.stderr.splitlines()[0]) == (2, shown.splitlines()[0])
     elif "--parquet" in command:
@@ -98,6 +96,6 @@ def test_commands_answer_in_the_columns_that_are_shown(command: str, shown: str)
 
 
 def test_a_file_that_cannot_be_written_is_told():
-    result = CliRunner().invoke(app, ["query", "select * from runs", "--parquet", "nowhere/x.parquet"])
+    result = analysis("query", "select * from runs", "--parquet", "nowhere/x.parquet")
     assert result.exit_code == 2
     assert "--parquet nowhere/x.parquet cannot be written (No such file or directory)" in result.stderr

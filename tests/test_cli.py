@@ -12,17 +12,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 from commands import GRID, ROOT
+from commands import analysis_process as analysis
 from commands import sweep_runner as run
 from gangs import same_bytes
 
 from sweep.config import cell_from_json
 from sweep.launch.rounds import stopping
 from sweep.paths import CacheFolder, ResultsFolder
-
-
-def analysis(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "analysis", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import GRID, ROOT
+from commands import GRID, ROOT, analysis
 from gangs import make_workflow, run_cells
 from make import make_cell
 from modules import OURS
-from typer.testing import CliRunner
 
-from analysis.__main__ import app
 from sweep.paths import CacheFolder
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,7 +67,7 @@ def test_options_in_the_pages_exist() -> None:
 
 def test_the_tables_are_told_in_the_words_of_the_schema() -> None:
     page = (ROOT / "docs" / "schema.md").read_text()
-    told = CliRunner().invoke(app, ["schema", "--markdown"]).stdout
+    told = analysis("schema", "--markdown").stdout
     assert page.endswith(told), "put what `python -m analysis schema --markdown` prints into docs/schema.md"
 
 

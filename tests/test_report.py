@@ -10,14 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 from browser import CHROMIUM, browser, open_page, wait_for_charts
+from commands import analysis
 from hypothesis import given
 from hypothesis import strategies as st
 from make import row_file, write_cell
 from placed import BASELINES, CELLS, write
 from safetensors.numpy import save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from analysis.__main__ import app
 from analysis.report.curves import MAX_POINTS_PER_CURVE, thinned
 from analysis.report.decoder import neighbours
 from analysis.report.histograms import cosines, densities
@@ -44,7 +44,7 @@ def payload(html: str) -> dict[str, Any]:
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["report", *map(str, words)])
+    return analysis("report", *words)
 
 
 def write_sweep(folder: Path) -> None:

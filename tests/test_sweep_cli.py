@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from commands import sweep as run
 from make import make_cell, write_cell
 
@@ -12,7 +13,6 @@ from sweep.__main__ import app
 from sweep.launch.rounds import freeze
 from sweep.paths import ResultsFolder
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name for command in app.registered_commands]
 
 

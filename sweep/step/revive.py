@@ -135,10 +135,11 @@ def among_dead(
     nothing = Active(dead[:0], dead[:0], params.b_enc[:0])
     if len(dead) == 0:
         return nothing, None
-    if lists_are_short(source, top_k_aux / len(dead)):
-        listed = largest_by_bounds(params, source, dead, top_k_aux)
-        revived = Revived(dead, *listed) if listed else None
-        if revived and not bool((revived.value.amin(dim=1) >= least).any()):  # else a token may have more of them
+    if lists_are_short(source, top_k_aux / len(dead)) and (
+        listed := largest_by_bounds(params, source, dead, top_k_aux)
+    ):
+        revived = Revived(dead, *listed)
+        if float(revived.value.amin(dim=1).max()) < least:  # else a token may have more of them
             return revived.no_less(least), revived
     weights, bias = params.W_enc.T[dead], params.b_enc[dead]
     awake, parts = [nothing], []
