@@ -82,34 +82,35 @@ class Revived:
     ) -> tuple[Float[Tensor, ""], DeadGradients]:
         """The mean square of what the dead leave of the errors of the full reconstruction, and `weight` times its
         gradients."""
-        left = self.reconstruction(W_dec)
+        rows = W_dec[self.dead]
+        left = self.reconstruction(rows)
         left += errors
         aux = mean_squares(left.unsqueeze(1))[0]
         left *= 2 * weight / left.numel()
-        return aux, self.gradients(W_dec, source, left)
+        return aux, self.gradients(rows, source, left)
 
-    def reconstruction(self, W_dec: Float[Tensor, "dict_size d_out"]) -> Float[Tensor, "batch d_out"]:
+    def reconstruction(self, rows: Float[Tensor, "n_dead d_out"]) -> Float[Tensor, "batch d_out"]:
+        """From the decoder rows of the dead."""
         if self.is_dense:
-            return self._matrix(self.value) @ W_dec[self.dead]
-        k = self.place.shape[1]
-        starts = torch.arange(0, self.place.numel(), k, device=self.place.device)
-        return sums_in_columns(W_dec, self.dead[self.place.flatten()], starts, self.value.flatten())
+            return self._matrix(self.value) @ rows
+        starts = torch.arange(0, self.place.numel(), self.place.shape[1], device=self.place.device)
+        return sums_in_columns(rows, self.place.flatten(), starts, self.value.flatten())
 
     def gradients(
         self,
-        W_dec: Float[Tensor, "dict_size d_out"],
+        rows: Float[Tensor, "n_dead d_out"],
         source: Float[Tensor, "batch d_in"],
         d_reconstruction: Float[Tensor, "batch d_out"],
     ) -> DeadGradients:
         """What the gradient of the reconstruction gives the dead."""
         if self.is_dense:
-            d_value = aligned_product(d_reconstruction, W_dec[self.dead]).gather(1, self.place)
+            d_value = aligned_product(d_reconstruction, rows).gather(1, self.place)
             d_matrix, d_decoder = self._matrix(d_value), self._matrix(self.value).T @ d_reconstruction
             return DeadGradients(self.dead, d_matrix.T @ source, d_matrix.sum(dim=0), d_decoder)
         place, n_dead = self.place.flatten(), len(self.dead)
         order, starts = sorting(place), counted(place, n_dead)
         token = order.div(self.place.shape[1], rounding_mode="floor")
-        d_value = products(W_dec[self.dead], d_reconstruction, starts, token)
+        d_value = products(rows, d_reconstruction, starts, token)
         encoder = sums_in_columns(source, token, starts[:-1], d_value)
         d_decoder = sums_in_columns(d_reconstruction, token, starts[:-1], self.value.flatten()[order])
         return DeadGradients(

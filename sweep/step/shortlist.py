@@ -76,11 +76,12 @@ def largest_listed(
     value = source.new_empty(len(token))
     value[by_latent] = products(weights, source, counted(latent, len(weights)), token[by_latent])
     value += bias[latent]
-    rank = torch.arange(len(token)) - counted(token, len(source))[token]
-    values = value.new_full((len(source), int(rank.max()) + 1), -torch.inf).index_put_((token, rank), value)
-    places = latent.new_zeros(values.shape).index_put_((token, rank), latent)
+    starts = counted(token, len(source))
+    rank = torch.arange(len(token)) - starts[token]
+    values = value.new_full((len(source), int(rank.max()) + 1), -torch.inf)
+    values.view(-1)[token * values.shape[1] + rank] = value
     best = places_of_largest(values, k)
-    return places.gather(1, best), values.gather(1, best)
+    return latent[starts[:-1].unsqueeze(1) + best], values.gather(1, best)
 
 
 def in_order(bits: Int16[Tensor, "n m"]) -> Int16[Tensor, "n m"]:
