@@ -63,7 +63,7 @@ def encode(
     is_of_batch = capacity.activation == "batch_top_k"
     if is_of_batch and n_alive and (fitting := screen.fitting(source, capacity.top_k / n_alive)):
         bounds = fitting(params, source, among=all_but(dead, capacity.dict_size) if len(dead) else None)
-        of_dead = partial(among_dead, params, source, dead, top_k_aux)
+        of_dead = partial(among_dead, params, source, dead, top_k_aux, bounds)
         for start in [guess, 0.0] if guess > 0 else [0.0]:
             if found := screened(bounds, n_wanted, start, of_dead):
                 return found

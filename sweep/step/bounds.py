@@ -22,7 +22,7 @@ from sweep.chunks import pieces
 from sweep.step.entries import Active, counted, no_less, products
 from sweep.transcoder import Parameters
 
-__all__ = ["Bounds", "finite", "norms"]
+__all__ = ["Bounds", "Place", "finite", "norms"]
 
 MOST_CANDIDATES = 1 / 20
 """A share of all entries."""

@@ -25,6 +25,7 @@ __all__ = [
     "places_of_largest",
     "products",
     "sorting",
+    "sums",
     "sums_in_columns",
     "token_and_column",
     "weighted_sums",
@@ -122,6 +123,11 @@ def counted(index: Int64[Tensor, " n"], n_values: int) -> Int64[Tensor, " n_valu
     starts = index.new_zeros(n_values + 1)
     torch.cumsum(torch.bincount(index, minlength=n_values), dim=0, out=starts[1:])
     return starts
+
+
+def sums(values: Float[Tensor, " n"], starts: Int64[Tensor, " n_sums_and_1"]) -> Float[Tensor, " n_sums"]:
+    """Those from one start to the next, each added up in order."""
+    return torch.segment_reduce(values, "sum", offsets=starts)
 
 
 def weighted_sums(

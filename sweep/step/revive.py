@@ -11,6 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sweep.chunks import pieces
+from sweep.step.bfloat16 import BFloat16Bounds
+from sweep.step.bounds import Bounds
 from sweep.step.entries import (
     Active,
     aligned_product,
@@ -20,11 +22,11 @@ from sweep.step.entries import (
     places_of_largest,
     products,
     sorting,
+    sums,
     sums_in_columns,
 )
 from sweep.step.loss import mean_squares
-from sweep.step.screen import lists_are_short
-from sweep.step.shortlist import largest_by_bounds
+from sweep.step.shortlist import SHORT, largest_by_bounds
 from sweep.transcoder import Parameters
 
 __all__ = ["DeadGradients", "Revived", "among_dead"]
@@ -113,9 +115,7 @@ class Revived:
         d_value = products(rows, d_reconstruction, starts, token)
         encoder = sums_in_columns(source, token, starts[:-1], d_value)
         d_decoder = sums_in_columns(d_reconstruction, token, starts[:-1], self.value.flatten()[order])
-        return DeadGradients(
-            self.dead, encoder, d_value.new_zeros(n_dead).index_add_(0, place[order], d_value), d_decoder
-        )
+        return DeadGradients(self.dead, encoder, sums(d_value, starts), d_decoder)
 
     def _matrix(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch n_dead"]:
         """Values at these places, zeros elsewhere."""
@@ -127,17 +127,21 @@ def among_dead(
     source: Float[Tensor, "batch d_in"],
     dead: Int64[Tensor, " n_dead"],
     top_k_aux: int,
+    bounds: Bounds,
     least: float,
 ) -> tuple[Active, Revived | None]:
     """The entries of the dead that are no less than `least`, and the `top_k_aux` largest of each token.
 
-    Some tokens at a time, so that pre-latents stay in cache.
+    `bounds` are those of the batch. Some tokens at a time, so that pre-latents stay in cache.
     """
     nothing = Active(dead[:0], dead[:0], params.b_enc[:0])
     if len(dead) == 0:
         return nothing, None
-    if lists_are_short(source, top_k_aux / len(dead)) and (
-        listed := largest_by_bounds(params, source, dead, top_k_aux)
+    is_short = top_k_aux <= SHORT * len(dead)
+    if (
+        is_short
+        and isinstance(bounds, BFloat16Bounds)
+        and (listed := largest_by_bounds(bounds, params, source, dead, top_k_aux))
     ):
         revived = Revived(dead, *listed)
         if float(revived.value.amin(dim=1).max()) < least:  # else a token may have more of them

@@ -9,16 +9,13 @@ from sweep.step.bfloat16 import BFloat16Bounds
 from sweep.step.bounds import Bounds
 from sweep.step.int8 import Int8Bounds
 
-__all__ = ["fitting", "lists_are_short"]
+__all__ = ["fitting"]
 
 FEWEST_TOKENS = 1024
 """In fewer, rounding the weights to 8 bits takes what the quicker product saves."""
 
 LARGEST_SHARE = 1 / 64
 """Of entries that are looked for: of more, too many have to be looked at."""
-
-SHORT = 1 / 16
-"""Of all latents, so many are looked for in each token at most; of more, exact values of all are faster."""
 
 
 def fitting(source: Float[Tensor, "batch d_in"], share: float) -> type[Bounds] | None:
@@ -31,8 +28,3 @@ def fitting(source: Float[Tensor, "batch d_in"], share: float) -> type[Bounds] |
     if has_fast_bfloat16():
         return BFloat16Bounds
     return Int8Bounds if has_fast_int8() and len(source) >= FEWEST_TOKENS and share <= LARGEST_SHARE else None
-
-
-def lists_are_short(source: Float[Tensor, "batch d_in"], share: float) -> bool:
-    """Whether `largest_by_bounds` saves time where this share of the latents is looked for in each token."""
-    return share <= SHORT and fitting(source, share) is BFloat16Bounds

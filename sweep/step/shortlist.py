@@ -5,12 +5,13 @@ reach the bound of the last on the list; a token for which they do not gets all 
 """
 
 import torch
-from jaxtyping import Bool, Float, Int16, Int64
+from jaxtyping import BFloat16, Float, Int16, Int64
 from torch import Tensor
 
-from sweep.chunks import pieces
+from sweep.chunks import consecutive, pieces
 from sweep.processor import BFLOAT16_UNIT as UNIT
 from sweep.step.bfloat16 import BFloat16Bounds
+from sweep.step.bounds import Place
 from sweep.step.entries import (
     aligned_product,
     counted,
@@ -22,10 +23,17 @@ from sweep.step.entries import (
 )
 from sweep.transcoder import Parameters
 
-__all__ = ["largest_by_bounds"]
+__all__ = ["SHORT", "largest_by_bounds"]
 
-LENGTH = 1.5
-"""Of a list, as a multiple of what is looked for."""
+SHORT = 1 / 16
+"""Of all latents, so many are looked for in each token at most; of more, exact values of all are faster."""
+
+N_GROUPS, LENGTH = 4, 1.25
+"""Groups of latents that share a maximum, and maxima on a list, as multiples of what is looked for. About half as many
+latents again are no less than the last of these maxima; to select from maxima takes a quarter of the time or less."""
+
+TOKENS = 1024
+"""That get their exact values at once: so many that each latent's weights are read for several."""
 
 BLOCK_BYTES = 4 << 20
 """Bounds, or stretched weights, held at once."""
@@ -35,43 +43,70 @@ OFF = 2.0**-20
 
 
 def largest_by_bounds(
-    params: Parameters, source: Float[Tensor, "batch d_in"], among: Int64[Tensor, " n"], k: int
+    bounds: BFloat16Bounds,
+    params: Parameters,
+    source: Float[Tensor, "batch d_in"],
+    among: Int64[Tensor, " n"],
+    k: int,
 ) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k"]] | None:
-    """Places in the list of latents, and values, of the `k` largest of each token; None where bounds do not hold."""
+    """Places in the list of latents, and values, of the `k` largest of each token; None where bounds do not hold.
+
+    `bounds` are those of the batch, whichever latents they looked among before.
+    """
     weights, bias = params.W_enc.T[among], params.b_enc[among]
     common = bias.mean()  # changes no order, and would leave bounds no digits for what differs
-    bounds = BFloat16Bounds(params, source)
     parts = pieces(len(among), 4 * weights.shape[1], BLOCK_BYTES)
     right = torch.cat([bounds.right(weights[part] * bounds.stretch, bias[part] - common) for part in parts])
     if not bounds.hold:
         return None
-    n_listed = min(int(LENGTH * k), len(among))
     places, values = [], []
-    for tokens in pieces(len(source), bounds.element_bytes * len(among), BLOCK_BYTES):
-        order = in_order(bounds.from_above(tokens, right).view(torch.int16))
-        last_listed = k_largest(order, n_listed)[:, :1]
-        place, value = largest_listed(weights, bias, source[tokens], order >= last_listed, k)
-        least, bound = value.amin(dim=1), in_order(last_listed).view(torch.bfloat16).squeeze(1).float()
+    for tokens in consecutive(len(source), TOKENS):
+        read = source[tokens]
+        lists, bound = listed(bounds, right, tokens, k)
+        place, value = largest_listed(weights, bias, read, lists, k)
+        least = value.amin(dim=1)
         reached = least - common - OFF * (least.abs() + common.abs())
         unsure = (reached < bound + UNIT * bound.abs()).nonzero().squeeze(1)
-        if len(unsure):
-            exact = aligned_product(source[tokens][unsure], weights).add_(bias)
-            place[unsure] = places_of_largest(exact, k)
-            value[unsure] = exact.gather(1, place[unsure])
+        for part in pieces(len(unsure), 4 * len(among)):
+            of_all = aligned_product(read[unsure[part]], weights).add_(bias)
+            place[unsure[part]] = best = places_of_largest(of_all, k)
+            value[unsure[part]] = of_all.gather(1, best)
         places.append(place)
         values.append(value)
     return torch.cat(places), torch.cat(values)
 
 
+def listed(
+    bounds: BFloat16Bounds, right: BFloat16[Tensor, "n n_columns"], tokens: slice, k: int
+) -> tuple[Place, Float[Tensor, " n_tokens"]]:
+    """Where bounds are no less than the last on the token's list, which has `k` at least; and that bound.
+
+    Tokens are counted from the first of these.
+    """
+    size = max(len(right) // (N_GROUPS * k), 1)
+    n_groups = len(right) // size
+    token, latent, last = [], [], []
+    for part in pieces(tokens.stop - tokens.start, bounds.element_bytes * len(right), BLOCK_BYTES):
+        these = slice(tokens.start + part.start, tokens.start + part.stop)
+        order = in_order(bounds.from_above(these, right).view(torch.int16))
+        maxima = order[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(dim=1)
+        last.append(k_largest(maxima, min(int(LENGTH * k), n_groups))[:, :1])
+        row, column = token_and_column(order >= last[-1])
+        token.append(row + part.start)
+        latent.append(column)
+    bound = in_order(torch.cat(last)).view(torch.bfloat16).squeeze(1).float()
+    return (torch.cat(token), torch.cat(latent)), bound
+
+
 def largest_listed(
     weights: Float[Tensor, "n d_in"],
     bias: Float[Tensor, " n"],
-    source: Float[Tensor, "n_tokens d_in"],
-    listed: Bool[Tensor, "n_tokens n"],
+    source: Float[Tensor, "batch d_in"],
+    lists: Place,
     k: int,
-) -> tuple[Int64[Tensor, "n_tokens k"], Float[Tensor, "n_tokens k"]]:
+) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k"]]:
     """Places and exact values of the `k` largest of each token among at least as many that are on its list."""
-    token, latent = token_and_column(listed)
+    token, latent = lists
     by_latent = sorting(latent)  # so that a latent's weights are read once
     value = source.new_empty(len(token))
     value[by_latent] = products(weights, source, counted(latent, len(weights)), token[by_latent])

@@ -22,7 +22,7 @@ from sweep.chunks import consecutive
 from sweep.config import Capacity, Revival
 from sweep.state import TrainState
 from sweep.step.active import encode, next_guess
-from sweep.step.entries import Active, counted, products, sorting, weighted_sums
+from sweep.step.entries import Active, counted, products, sorting, sums, weighted_sums
 from sweep.step.loss import Loss, aux_weight, mean_squares
 from sweep.step.revive import DeadGradients
 from sweep.step.update import update_latents_, update_shared_
@@ -140,7 +140,7 @@ def gradients(
         value=active.value[order],
         d_value=d_value,
         starts=latent_starts,
-        b_enc=b_enc.index_add_(0, active.latent[order], d_value),
+        b_enc=b_enc.add_(sums(d_value, latent_starts)),
         b_dec=errors[:, 0].sum(dim=0),
         W_skip=None if params.W_skip is None else source.T @ errors[:, 0],
         dead=of_dead,
