@@ -107,9 +107,14 @@ def k_largest(values: Real[Tensor, "*n m"], k: int) -> Real[Tensor, "*n k"]:
 def places_of_largest(values: Float[Tensor, "n m"], k: int) -> Int64[Tensor, "n k"]:
     """The columns of the `k` largest numbers of each row, sorted; of equals any."""
     n_rows, n_columns = values.shape
-    found = places(no_less(values, k_largest(values, k)[:, :1]).flatten())
+    is_among = no_less(values, k_largest(values, k)[:, :1])
+    found = places(is_among.flatten())
     if len(found) > n_rows * k:  # a row has equals or what is no number; none has fewer than k
-        return values.topk(k, dim=1).indices.sort(dim=1).values
+        row = found.div(n_columns, rounding_mode="floor")
+        crowded = (torch.bincount(row, minlength=n_rows) > k).nonzero().squeeze(1)
+        chosen = values[crowded].topk(k, dim=1).indices
+        is_among[crowded] = is_among.new_zeros(len(crowded), n_columns).scatter_(1, chosen, True)
+        found = places(is_among.flatten())
     return found.view(n_rows, k) - torch.arange(n_rows, device=values.device).unsqueeze(1) * n_columns
 
 
