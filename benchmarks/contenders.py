@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.contest import Case
 from benchmarks.worker import SILENT, Make, Step, dead_latents, serve
 from sweep.config import Capacity, Revival, Schedule
+from sweep.devices import pick_device
 from sweep.state import TrainState
 from sweep.step import reference, sparse
 from sweep.step.step import Learn, train_step_
@@ -38,6 +39,7 @@ def initial_parameters(case: Case) -> Parameters:
 
 def ours(learn_: Learn) -> Make:
     def make(case: Case) -> Step:
+        pick_device(case.device)  # as every job does, which settles how memory is kept, too
         state = TrainState.initial(initial_parameters(case), source_scale=1.0, target_scale=1.0)
         state.batches_since_fired[dead_latents(case)] = REVIVAL.n_batches_to_dead
         zeros = torch.zeros(case.d, device=case.device)
