@@ -160,7 +160,7 @@ def test_the_largest_of_each_token_by_bounds_are_those_of_all_values(
             exact = (source.double() @ params.W_enc.double() + params.b_enc.double())[:, among]
             off = 1e-5 * (source.norm(dim=1) * params.W_enc.norm(dim=0).max() + params.b_enc.abs().max()).unsqueeze(1)
             for k in (1, 3):
-                found = shortlist.largest_by_bounds(BFloat16Bounds(params, source), params, source, among, k)
+                found = shortlist.largest_by_bounds(BFloat16Bounds(params, source), among, k)
                 assert found is not None
                 place, value = found
                 assert bool((place.diff(dim=1) > 0).all())
@@ -181,10 +181,10 @@ def test_few_tokens_get_all_their_values(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(shortlist, "aligned_product", product)
     everything = torch.arange(2000)
-    assert shortlist.largest_by_bounds(BFloat16Bounds(params, source), params, source, everything, 60) is not None
+    assert shortlist.largest_by_bounds(BFloat16Bounds(params, source), everything, 60) is not None
     assert sum(n_exact) <= 2
     params.W_enc[0, 0] = torch.nan
-    assert shortlist.largest_by_bounds(BFloat16Bounds(params, source), params, source, everything, 60) is None
+    assert shortlist.largest_by_bounds(BFloat16Bounds(params, source), everything, 60) is None
 
 
 @each_kind

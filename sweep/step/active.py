@@ -19,7 +19,7 @@ from sweep.chunks import consecutive
 from sweep.config import Capacity
 from sweep.step import screen
 from sweep.step.bounds import Bounds
-from sweep.step.entries import Active, entries, k_largest, kth_largest, no_less, places, sorting
+from sweep.step.entries import Active, entries, group_maxima, k_largest, kth_largest, no_less, places, sorting
 from sweep.step.revive import Revived, among_dead
 from sweep.transcoder import Parameters, largest
 
@@ -227,8 +227,7 @@ class TopK:
 
     def add(self, start: int, pre: Float[Tensor, "batch n"]) -> None:
         n_groups = max(pre.shape[1] // GROUP_SIZE, min(self.k, pre.shape[1]))
-        size = pre.shape[1] // n_groups
-        self._maxima.append(pre[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(dim=1))
+        self._maxima.append(group_maxima(pre, n_groups))
         maxima = torch.cat(self._maxima, dim=1)
         bound = pre.new_zeros(len(pre), 1)
         if maxima.shape[1] >= self.k:

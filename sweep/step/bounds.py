@@ -42,11 +42,13 @@ class Bounds(ABC):
     def __init__(
         self, params: Parameters, source: Float[Tensor, "batch d_in"], among: Int64[Tensor, " n"] | None = None
     ) -> None:
-        self._all_weights, self._bias, self._source, self._among = params.W_enc.T, params.b_enc, source, among
+        self.weights, self.bias, self.source = params.W_enc.T, params.b_enc, source
+        """Weights and biases of all latents, a row for each, whichever it looks among."""
+        self._among = among
         self._n_latents = len(params.b_enc if among is None else among)
         mean = source.mean(dim=0)
         centred = source - mean
-        self.stretch = stretch(centred, self._all_weights)
+        self.stretch = stretch(centred, self.weights)
         """Of each dimension, what weights are multiplied by."""
         self._centred, self._mean = centred.div_(self.stretch), mean / self.stretch
         self._mean_norm = self._mean.norm()
@@ -61,20 +63,20 @@ class Bounds(ABC):
     @property
     def serve(self) -> bool:
         """Whether they hold and tell enough apart that to look among them takes less time than all pre-latents."""
-        return self.hold and self.n_candidates <= MOST_CANDIDATES * len(self._source) * self._n_latents
+        return self.hold and self.n_candidates <= MOST_CANDIDATES * len(self.source) * self._n_latents
 
     def blocks(self) -> Iterator[slice]:
         """Consecutive ones of the latents, from the first."""
         self.n_candidates = 0
-        return pieces(self._n_latents, self.element_bytes * len(self._source), self.block_bytes)
+        return pieces(self._n_latents, self.element_bytes * len(self.source), self.block_bytes)
 
     def at_least(self, block: slice, least: float) -> Active:
         """The entries of a block that are no less than a positive value, by token."""
         latents = block if self._among is None else self._among[block]
-        weights, bias = self._all_weights[latents], self._bias[latents]
+        weights, bias = self.weights[latents], self.bias[latents]
         token, column = self.candidates(weights * self.stretch, bias, least)
         self.n_candidates += len(token)
-        value = products(self._source, weights, counted(token, len(self._source)), column) + bias[column]
+        value = products(self.source, weights, counted(token, len(self.source)), column) + bias[column]
         kept = no_less(value, least).nonzero().squeeze(1)
         latent = column[kept] + block.start
         return Active(token[kept], latent if self._among is None else self._among[latent], value[kept])
@@ -83,7 +85,7 @@ class Bounds(ABC):
         """Memory for the bounds of a block, which those of the next overwrite."""
         n = n_tokens * n_columns
         if self._room is None or len(self._room) < n:
-            self._room = torch.empty(n, dtype=dtype, device=self._source.device)
+            self._room = torch.empty(n, dtype=dtype, device=self.source.device)
         return self._room[:n].view(n_tokens, n_columns)
 
     @abstractmethod

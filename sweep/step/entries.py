@@ -17,6 +17,7 @@ __all__ = [
     "aligned_product",
     "counted",
     "entries",
+    "group_maxima",
     "in_columns",
     "k_largest",
     "kth_largest",
@@ -116,6 +117,13 @@ def places_of_largest(values: Float[Tensor, "n m"], k: int) -> Int64[Tensor, "n 
         is_among[crowded] = is_among.new_zeros(len(crowded), n_columns).scatter_(1, chosen, True)
         found = places(is_among.flatten())
     return found.view(n_rows, k) - torch.arange(n_rows, device=values.device).unsqueeze(1) * n_columns
+
+
+def group_maxima(values: Real[Tensor, "n m"], n_groups: int) -> Real[Tensor, "n n_groups"]:
+    """The largest of each of so many groups of columns, as many in each. The k-th largest of these is a bound that at
+    least k columns reach, and not many more; columns that are left over are in no group."""
+    size = values.shape[1] // n_groups
+    return values[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(dim=1)
 
 
 def sorting(index: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:

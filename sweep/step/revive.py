@@ -137,11 +137,10 @@ def among_dead(
     nothing = Active(dead[:0], dead[:0], params.b_enc[:0])
     if len(dead) == 0:
         return nothing, None
-    is_short = top_k_aux <= SHORT * len(dead)
     if (
-        is_short
+        top_k_aux <= SHORT * len(dead)
         and isinstance(bounds, BFloat16Bounds)
-        and (listed := largest_by_bounds(bounds, params, source, dead, top_k_aux))
+        and (listed := largest_by_bounds(bounds, dead, top_k_aux))
     ):
         revived = Revived(dead, *listed)
         if float(revived.value.amin(dim=1).max()) < least:  # else a token may have more of them

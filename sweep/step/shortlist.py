@@ -15,13 +15,13 @@ from sweep.step.bounds import Place
 from sweep.step.entries import (
     aligned_product,
     counted,
+    group_maxima,
     k_largest,
     places_of_largest,
     products,
     sorting,
     token_and_column,
 )
-from sweep.transcoder import Parameters
 
 __all__ = ["SHORT", "largest_by_bounds"]
 
@@ -43,25 +43,21 @@ OFF = 2.0**-20
 
 
 def largest_by_bounds(
-    bounds: BFloat16Bounds,
-    params: Parameters,
-    source: Float[Tensor, "batch d_in"],
-    among: Int64[Tensor, " n"],
-    k: int,
+    bounds: BFloat16Bounds, among: Int64[Tensor, " n"], k: int
 ) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k"]] | None:
     """Places in the list of latents, and values, of the `k` largest of each token; None where bounds do not hold.
 
     `bounds` are those of the batch, whichever latents they looked among before.
     """
-    weights, bias = params.W_enc.T[among], params.b_enc[among]
+    weights, bias = bounds.weights[among], bounds.bias[among]
     common = bias.mean()  # changes no order, and would leave bounds no digits for what differs
     parts = pieces(len(among), 4 * weights.shape[1], BLOCK_BYTES)
     right = torch.cat([bounds.right(weights[part] * bounds.stretch, bias[part] - common) for part in parts])
     if not bounds.hold:
         return None
     places, values = [], []
-    for tokens in consecutive(len(source), TOKENS):
-        read = source[tokens]
+    for tokens in consecutive(len(bounds.source), TOKENS):
+        read = bounds.source[tokens]
         lists, bound = listed(bounds, right, tokens, k)
         place, value = largest_listed(weights, bias, read, lists, k)
         least = value.amin(dim=1)
@@ -83,14 +79,12 @@ def listed(
 
     Tokens are counted from the first of these.
     """
-    size = max(len(right) // (N_GROUPS * k), 1)
-    n_groups = len(right) // size
+    n_groups = len(right) // max(len(right) // (N_GROUPS * k), 1)
     token, latent, last = [], [], []
     for part in pieces(tokens.stop - tokens.start, bounds.element_bytes * len(right), BLOCK_BYTES):
         these = slice(tokens.start + part.start, tokens.start + part.stop)
         order = in_order(bounds.from_above(these, right).view(torch.int16))
-        maxima = order[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(dim=1)
-        last.append(k_largest(maxima, min(int(LENGTH * k), n_groups))[:, :1])
+        last.append(k_largest(group_maxima(order, n_groups), min(int(LENGTH * k), n_groups))[:, :1])
         row, column = token_and_column(order >= last[-1])
         token.append(row + part.start)
         latent.append(column)
